@@ -1,0 +1,120 @@
+"""Run a model's entry once per batch and note what each decoder block is called with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import NumericsError
+from .examples import Batch
+
+
+@dataclass
+class BlockCall:
+    """How one block is called on one batch, its hidden states left out."""
+
+    args: tuple[Any, ...]  # after the hidden states
+    kwargs: dict[str, Any]
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> BlockCall:
+        """Move all tensors, and give floating ones the dtype of the block."""
+        return BlockCall(_moved(self.args, device, dtype), _moved(self.kwargs, device, dtype))
+
+
+@dataclass
+class Captured:
+    """The hidden states that enter block 0, and every block's call, per batch."""
+
+    hidden: list[Tensor]  # per batch: [B, T, hidden size]
+    calls: list[list[BlockCall]]  # per block, per batch
+    keep: list[Tensor | None]  # per batch: [B, T] bool, False where padded; None if nowhere
+
+
+class _LastBlockReached(Exception):  # noqa: N818 (not an error)
+    """Ends a forward pass after the last block's call was noted."""
+
+
+def capture(model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Batch]) -> Captured:
+    """Run everything before the blocks; the blocks themselves hand their input through.
+
+    Each block's own arguments are kept, because a model may give its blocks different ones (masks
+    of sliding and full attention, say).  Only the very first batch runs through block 0 for real,
+    to see whether blocks return a tensor or a tuple.
+
+    :raises NumericsError: if the hidden states hold NaN or infinity
+    """
+    device = next(model.parameters()).device
+    result = Captured([], [[] for _ in blocks], [])
+    with _recording(blocks, result):
+        for batch in batches:
+            mask = batch.attention_mask.to(device)
+            try:
+                model(
+                    input_ids=batch.input_ids.to(device),
+                    attention_mask=mask,
+                    use_cache=False,
+                )
+            except _LastBlockReached:
+                pass
+            result.keep.append(None if bool(mask.all()) else mask.bool())
+            if not torch.isfinite(result.hidden[-1]).all():
+                raise NumericsError(
+                    f"The hidden states before the first block hold NaN or infinity "
+                    f"(batch {len(result.hidden) - 1}). Are the model's weights intact?"
+                )
+    return result
+
+
+@contextmanager
+def _recording(blocks: Sequence[nn.Module], result: Captured) -> Iterator[None]:
+    """Replace the forward of each block, on the instance, by one that notes and passes through."""
+    returns_tuple: list[bool] = []
+
+    def recorder(index: int, forward: Any) -> Any:
+        def note(*args: Any, **kwargs: Any) -> Any:
+            hidden, call = _split(args, kwargs)
+            if index == 0:
+                result.hidden.append(hidden)
+            result.calls[index].append(call)
+            if not returns_tuple:
+                returns_tuple.append(isinstance(forward(*args, **kwargs), tuple))
+            if index == len(blocks) - 1:
+                raise _LastBlockReached
+            return (hidden,) if returns_tuple[0] else hidden
+
+        return note
+
+    own = [block.__dict__.get("forward") for block in blocks]
+    try:
+        for index, block in enumerate(blocks):
+            block.__dict__["forward"] = recorder(index, block.forward)
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            if forward is None:
+                block.__dict__.pop("forward", None)
+            else:
+                block.__dict__["forward"] = forward
+
+
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
+    """Part the hidden states, first argument or `hidden_states`, from the others."""
+    if args:
+        return args[0], BlockCall(args[1:], dict(kwargs))
+    rest = dict(kwargs)
+    return rest.pop("hidden_states"), BlockCall((), rest)
+
+
+def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return type(value)(_moved(item, device, dtype) for item in value)
+    if isinstance(value, dict):
+        return {key: _moved(item, device, dtype) for key, item in value.items()}
+    return value

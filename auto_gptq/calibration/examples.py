@@ -1,0 +1,111 @@
+"""From what users call examples to padded batches of token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ExampleKeyError, ExamplesError
+
+_REQUIRED = ("input_ids", "attention_mask")
+_HOW = (
+    "examples must be a list of dicts with `input_ids` and `attention_mask`, "
+    "as a tokenizer returns them: examples=[tokenizer(text) for text in texts]."
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids of some examples, padded on the left to one length."""
+
+    input_ids: Tensor  # [B, T] int64
+    attention_mask: Tensor  # [B, T] int64, 0 where padded
+
+    @property
+    def tokens(self) -> int:
+        """Number of real tokens."""
+        return int(self.attention_mask.sum())
+
+
+def make_batches(
+    examples: Sequence[Mapping[str, Any]],
+    batch_size: int = 1,
+    pad_token_id: int = 0,
+    vocab_size: int | None = None,
+) -> list[Batch]:
+    """Check examples and group them, in order, ``batch_size`` at a time.
+
+    :raises ExamplesError: (a ValueError) naming the example and what is wrong with it
+    :raises ExampleKeyError: (also a KeyError) if an example lacks a key
+    """
+    if batch_size < 1:
+        raise ExamplesError(f"batch_size is {batch_size}; it must be at least 1.")
+    if isinstance(examples, (str, bytes, Mapping)) or not isinstance(examples, Sequence):
+        raise ExamplesError(f"examples is a {type(examples).__name__}. {_HOW}")
+    if len(examples) == 0:
+        raise ExamplesError(f"examples is empty; at least one is needed, better 128. {_HOW}")
+    pairs = [_checked(i, example, vocab_size) for i, example in enumerate(examples)]
+    return [
+        _padded(pairs[start : start + batch_size], pad_token_id)
+        for start in range(0, len(pairs), batch_size)
+    ]
+
+
+def _checked(i: int, example: Any, vocab_size: int | None) -> tuple[Tensor, Tensor]:
+    """Give one example's ids and mask, both ``[rows, T]`` int64."""
+    if not isinstance(example, Mapping):
+        raise ExamplesError(f"examples[{i}] is a {type(example).__name__}, not a dict. {_HOW}")
+    for key in _REQUIRED:
+        if key not in example:
+            raise ExampleKeyError(
+                f"examples[{i}] has no `{key}`; it has {sorted(map(str, example))}. {_HOW}"
+            )
+    ids, mask = (_rows(i, key, example[key]) for key in _REQUIRED)
+    if ids.shape != mask.shape:
+        raise ExamplesError(
+            f"examples[{i}]: input_ids has shape {list(ids.shape)} and attention_mask "
+            f"{list(mask.shape)}; they must be equal."
+        )
+    if not mask.any():
+        raise ExamplesError(f"examples[{i}] has no token: it is empty or masked entirely.")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or (vocab_size is not None and high >= vocab_size):
+        raise ExamplesError(
+            f"examples[{i}] holds token ids from {low} to {high}, but the model knows "
+            f"0 to {(vocab_size or 0) - 1}. Was it tokenized with this model's tokenizer?"
+        )
+    return ids, mask
+
+
+def _rows(i: int, key: str, value: Any) -> Tensor:  # [rows, T] int64
+    try:
+        rows = torch.as_tensor(value)
+    except (TypeError, ValueError) as error:
+        raise ExamplesError(
+            f"examples[{i}][{key!r}] cannot be made a tensor ({error}). Give one list of ints per "
+            "example; rows of different length go into examples of their own."
+        ) from None
+    if rows.dim() == 1:
+        rows = rows.unsqueeze(0)
+    if rows.dim() != 2 or rows.is_floating_point():
+        raise ExamplesError(
+            f"examples[{i}][{key!r}] has {rows.dim()} dimensions and dtype {rows.dtype}; "
+            "it must be a list of ints, or a tensor of ints with one or two dimensions."
+        )
+    return rows.to("cpu", torch.int64)
+
+
+def _padded(pairs: list[tuple[Tensor, Tensor]], pad_token_id: int) -> Batch:
+    length = max(ids.shape[1] for ids, _ in pairs)
+
+    def stacked(rows: list[Tensor], fill: int) -> Tensor:
+        pad = torch.nn.functional.pad
+        return torch.cat([pad(row, (length - row.shape[1], 0), value=fill) for row in rows])
+
+    return Batch(
+        stacked([ids for ids, _ in pairs], pad_token_id), stacked([mask for _, mask in pairs], 0)
+    )

@@ -1,0 +1,1 @@
+"""Disk: tensors out of checkpoints and into them."""

@@ -1,0 +1,122 @@
+"""Find a checkpoint's weight files and read tensors out of them."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .. import hub
+from ..errors import CheckpointError, MissingFileError
+
+_SAFETENSORS = ".safetensors"
+_INDEX = ".index.json"
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The files that hold a model's weights."""
+
+    files: Sequence[Path]
+    base_name: str  # file name without its extension
+
+
+def find_weights(
+    source: str | Path, base_names: Sequence[str], extensions: Sequence[str], **kwargs: Any
+) -> WeightFiles:
+    """Find the weights of a folder or Hub repository: sharded first, then a single file.
+
+    :param base_names: file names without extension, in the order of trying
+    :param extensions: like ".safetensors", in the order of trying
+    :raises MissingFileError: (a FileNotFoundError) listing all names tried
+    :raises CheckpointError: if an index is damaged or leads out of the folder
+    """
+    tried = []
+    for extension in extensions:
+        for base in base_names:
+            for name in (f"{base}{extension}{_INDEX}", f"{base}{extension}"):
+                tried.append(name)
+                path = hub.find_file(source, name, **kwargs)
+                if path is None:
+                    continue
+                if name.endswith(_INDEX):
+                    return WeightFiles(_shards(source, path, **kwargs), base)
+                return WeightFiles([path], base)
+    raise MissingFileError(
+        f"{source} holds no weights under any of these names: {', '.join(tried)}. "
+        "Pass model_basename= if the file is called otherwise."
+    )
+
+
+def _shards(source: str | Path, index: Path, **kwargs: Any) -> list[Path]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is not an index of weights ({error!r}).") from None
+    shards = []
+    for name in names:
+        inside = PurePosixPath(name)
+        if inside.is_absolute() or ".." in inside.parts or "\\" in name:
+            raise CheckpointError(f"{index} names {name!r}, a file outside of the checkpoint.")
+        path = hub.find_file(source, name, **kwargs)
+        if path is None:
+            raise MissingFileError(
+                f"{index} names the file {name}, which is missing. Copy or download it again."
+            )
+        shards.append(path)
+    return shards
+
+
+def read_shapes(weights: WeightFiles) -> dict[str, list[int]]:
+    """Give the shape of every tensor without reading its values."""
+    shapes: dict[str, list[int]] = {}
+    for file in weights.files:
+        if file.suffix == _SAFETENSORS:
+            with _open(file) as opened:
+                for name in opened.keys():  # noqa: SIM118 (not a dict)
+                    shapes[name] = list(opened.get_slice(name).get_shape())
+        else:
+            shapes |= {name: list(tensor.shape) for name, tensor in _unpickled(file).items()}
+    return shapes
+
+
+def read_tensors(weights: WeightFiles) -> Iterator[tuple[str, Tensor]]:
+    """Give every tensor with its name, on the CPU, file by file."""
+    for file in weights.files:
+        if file.suffix == _SAFETENSORS:
+            with _open(file) as opened:
+                for name in opened.keys():  # noqa: SIM118 (not a dict)
+                    yield name, opened.get_tensor(name)
+        else:
+            yield from _unpickled(file).items()
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, "pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read: it is truncated or not a safetensors file ({error}). "
+            "Copy or download it again."
+        ) from None
+
+
+def _unpickled(file: Path) -> Mapping[str, Tensor]:
+    """Read a legacy file; only tensors are ever unpickled."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read safely: it is damaged or holds more than tensors ({error})."
+        ) from None
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{file} holds a {type(content).__name__}, not named tensors.")
+    return {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}

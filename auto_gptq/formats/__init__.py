@@ -1,0 +1,1 @@
+"""How integers sit in words: pure tensor functions, no modules, no files."""

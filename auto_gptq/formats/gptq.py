@@ -1,0 +1,79 @@
+"""The GPTQ checkpoint tensors of one linear layer: qweight, qzeros, scales, g_idx.
+
+K = in_features, N = out_features, G = number of groups.
+
+======== ===================== ======= ===========================================
+tensor   shape                 dtype   content
+======== ===================== ======= ===========================================
+qweight  [K / 32 * bits, N]    int32   codes packed along K
+qzeros   [G, N / 32 * bits]    int32   zero points packed along N; v1 stores zero - 1
+scales   [G, N]                float   scale of each group and output
+g_idx    [K]                   int32   group of each input, in the original order
+======== ===================== ======= ===========================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .packing import pack, unpack
+
+# What is added to a stored zero point to get the real one, by checkpoint format.
+ZERO_OFFSET = {"gptq": 1, "gptq_v2": 0}
+
+
+@dataclass(frozen=True)
+class GPTQTensors:
+    """The packed tensors of one layer, as they lie in a checkpoint."""
+
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    g_idx: Tensor
+
+
+def group_count(in_features: int, group_size: int) -> int:
+    """Number of groups; the last one may be short. ``group_size`` -1 means one group."""
+    return 1 if group_size == -1 else -(-in_features // group_size)
+
+
+def trivial_g_idx(
+    in_features: int, group_size: int, device: torch.device | str | None = None
+) -> Tensor:
+    """``g_idx`` of contiguous groups: ``[0, 0, ..., 1, 1, ...]`` int32."""
+    size = in_features if group_size == -1 else group_size
+    return torch.arange(in_features, dtype=torch.int32, device=device) // size
+
+
+def pack_layer(
+    codes: Tensor,  # [N, K] integers in [0, 2**bits)
+    scales: Tensor,  # [N, G]
+    zeros: Tensor,  # [N, G] integers in [0, 2**bits)
+    g_idx: Tensor,  # [K]
+    *,
+    bits: int,
+    checkpoint_format: str = "gptq",
+    scale_dtype: torch.dtype = torch.float16,
+) -> GPTQTensors:
+    """Pack one layer's integers into checkpoint tensors."""
+    stored_zeros = (zeros.to(torch.int32) - ZERO_OFFSET[checkpoint_format]) & ((1 << bits) - 1)
+    return GPTQTensors(
+        qweight=pack(codes.t(), bits),
+        qzeros=pack(stored_zeros, bits).t().contiguous(),
+        scales=scales.t().to(scale_dtype).contiguous(),
+        g_idx=g_idx.to(torch.int32),
+    )
+
+
+def unpack_codes(qweight: Tensor, bits: int) -> Tensor:
+    """Give the codes ``[K, N]`` uint8 of packed weights."""
+    return unpack(qweight, bits)
+
+
+def unpack_zeros(qzeros: Tensor, bits: int, zero_offset: int) -> Tensor:
+    """Give the zero points ``[G, N]`` int32; a stored -1 of v1 reads as 0."""
+    stored = unpack(qzeros.t(), bits).t().to(torch.int32)
+    return (stored + zero_offset) & ((1 << bits) - 1)

@@ -1,0 +1,98 @@
+"""Scales and zero points, and the integers they give: ``weight ≈ scale * (code - zero)``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Tried ranges as shares of the min-max one.  A finer or wider list changes the error by less than
+# 1 % (measured on golden layers and a small model).
+_RANGE_FACTORS = (1.05, *(0.5 + i / 28 for i in range(13, -1, -1)))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The scale and zero point of a group, for every output row."""
+
+    scale: Tensor  # [N] (or any shape that broadcasts against the weights)
+    zero: Tensor  # [N] whole numbers, in fp32
+    maxq: int  # the largest code
+
+    def to_codes(self, weight: Tensor) -> Tensor:
+        """Round weights to codes in ``[0, maxq]``, given as fp32."""
+        return torch.clamp(torch.round(weight / self.scale) + self.zero, 0, self.maxq)
+
+    def from_codes(self, codes: Tensor) -> Tensor:
+        """Give the weights that codes stand for."""
+        return (codes - self.zero) * self.scale
+
+
+@dataclass(frozen=True)
+class GridRule:
+    """How a group of weights gets its scale and zero point."""
+
+    bits: int
+    symmetric: bool = True
+    # Scales are rounded to the stored dtype *before* codes are chosen, so that what a reader
+    # multiplies by is what the solver minimised for.
+    scale_dtype: torch.dtype = torch.float16
+    # The v1 format stores zero - 1; readers disagree about a stored -1, so zero 0 is never chosen.
+    lowest_zero: int = 1
+
+    @property
+    def maxq(self) -> int:
+        """The largest code."""
+        return (1 << self.bits) - 1
+
+    def fit(
+        self,
+        weight: Tensor,  # [N, n] one group of columns
+        importance: Tensor | None = None,  # [n] weight of each column's squared error
+    ) -> Grid:
+        """Choose scale and zero point; the range always includes 0.
+
+        Without ``importance`` the grid spans the smallest and the largest weight (GPTQ, section 4;
+        symmetric: the largest absolute one).  With it, ranges from half to slightly more than that
+        are tried and each row keeps the one of least weighted squared error.  8-bit grids stay
+        min-max: nothing is gained there by cutting off large weights.
+        """
+        lowest = weight.amin(1).clamp(max=0)
+        highest = weight.amax(1).clamp(min=0)
+        best = self._span(lowest, highest)
+        if importance is None or self.bits == 8:
+            return best
+        scale, zero = best.scale, best.zero
+        least = _weighted_error(weight, best, importance)
+        for factor in _RANGE_FACTORS:
+            tried = self._span(lowest * factor, highest * factor)
+            error = _weighted_error(weight, tried, importance)
+            better = error < least
+            least = torch.where(better, error, least)
+            scale = torch.where(better, tried.scale, scale)
+            zero = torch.where(better, tried.zero, zero)
+        return Grid(scale, zero, self.maxq)
+
+    def _span(self, lowest: Tensor, highest: Tensor) -> Grid:
+        """Lay the codes over a range that includes 0."""
+        if self.symmetric:
+            scale = self._storable(torch.maximum(-lowest, highest) * (2 / self.maxq))
+            return Grid(scale, torch.full_like(scale, (self.maxq + 1) // 2), self.maxq)
+        # With zero >= z the codes reach down to -z * scale and up to (maxq - z) * scale.
+        low = self.lowest_zero
+        scale = torch.maximum((highest - lowest) / self.maxq, highest / (self.maxq - low))
+        scale = self._storable(scale)
+        return Grid(scale, torch.round(-lowest / scale).clamp(low, self.maxq), self.maxq)
+
+    def _storable(self, scale: Tensor) -> Tensor:
+        """Round to the stored dtype; a group of zeros gets scale 1, so that nobody divides by 0."""
+        info = torch.finfo(self.scale_dtype)
+        smallest = info.smallest_normal * info.eps  # the smallest subnormal number
+        scale = torch.where(scale > 0, scale.clamp(smallest, info.max), 1.0)
+        return scale.to(self.scale_dtype).to(torch.float32)
+
+
+def _weighted_error(weight: Tensor, grid: Grid, importance: Tensor) -> Tensor:  # [N]
+    wide = Grid(grid.scale.unsqueeze(1), grid.zero.unsqueeze(1), grid.maxq)
+    return (weight - wide.from_codes(wide.to_codes(weight))).square() @ importance

@@ -1,0 +1,1 @@
+"""The operators ``torch.ops.auto_gptq.*`` and what computes them."""

@@ -1,0 +1,82 @@
+"""Every operator's schema with its fake and plain implementation, one under the other.
+
+Callers say ``torch.ops.auto_gptq.<name>`` and never ask for a device: the dispatcher takes the
+compiled kernel where :mod:`.native` has registered one, and plain torch elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+_PACKED = "Tensor qweight, Tensor qzeros, Tensor scales, Tensor g_idx"
+
+_library = torch.library.Library("auto_gptq", "DEF")
+
+
+def _define(name: str, arguments: str, implementation: Any) -> None:
+    _library.define(f"{name}({arguments}) -> Tensor")
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+
+
+_define(
+    "dequantize",
+    f"{_PACKED}, int bits, int zero_offset, ScalarType dtype",
+    reference.dequantize,
+)
+
+
+@torch.library.register_fake("auto_gptq::dequantize", lib=_library)
+def _(
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    g_idx: Tensor,
+    bits: int,
+    zero_offset: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return qweight.new_empty((qweight.shape[1], g_idx.shape[0]), dtype=dtype)
+
+
+_define(
+    "q_linear",
+    f"Tensor x, {_PACKED}, Tensor? bias, int bits, int zero_offset",
+    reference.q_linear,
+)
+
+
+@torch.library.register_fake("auto_gptq::q_linear", lib=_library)
+def _(
+    x: Tensor,
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    g_idx: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    zero_offset: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], qweight.shape[1]))
+
+
+# The weight is constant, so the only gradient is the one towards x: grad @ weight.
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _x, qweight, qzeros, scales, g_idx, _bias, ctx.bits, ctx.zero_offset = inputs
+    ctx.save_for_backward(qweight, qzeros, scales, g_idx)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    packed = ctx.saved_tensors
+    weight = torch.ops.auto_gptq.dequantize(*packed, ctx.bits, ctx.zero_offset, grad.dtype)
+    grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[5] else None
+    return grad @ weight, None, None, None, None, grad_bias, None, None
+
+
+torch.library.register_autograd(
+    "auto_gptq::q_linear", _backward, setup_context=_keep_for_backward, lib=_library
+)

@@ -1,0 +1,283 @@
+"""The object users hold: a model before, while and after it is quantized."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .._version import __version__
+from ..architectures import Architecture, find
+from ..calibration.examples import make_batches
+from ..errors import QuantizedStateError
+from ..pipeline.quantize import quantize_model
+from ..pipeline.report import ModuleReport
+from ..quantization.config import QUANTIZE_BLACK_LIST, BaseQuantizeConfig
+from . import load
+from ._const import SUPPORTED_MODELS
+from .place import place
+from .save import save_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+# Where the configurations of different architectures keep their longest sequence.
+_SEQLEN_KEYS = ("max_position_embeddings", "seq_length", "n_positions")
+
+
+class BaseGPTQForCausalLM(nn.Module):
+    """A causal language model and its quantization settings.
+
+    Anything this class does not have is looked up on the wrapped ``model``.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        quantized: bool,
+        quantize_config: BaseQuantizeConfig,
+        is_triton_backend: bool = False,
+        injected_fused_attention: bool = False,
+        injected_fused_mlp: bool = False,
+        trainable: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model: PreTrainedModel = model
+        self.model_type = model.config.model_type
+        self._quantized = quantized
+        self.quantize_config = quantize_config
+        self.config: PretrainedConfig = model.config
+        self.is_triton_backend = is_triton_backend
+        self.injected_fused_attention = injected_fused_attention
+        self.injected_fused_mlp = injected_fused_mlp
+        self.trainable = trainable
+        self.report: list[ModuleReport] = []  # filled by quantize()
+
+    @property
+    def quantized(self) -> bool:
+        """Tell whether the model's linears are packed."""
+        return self._quantized
+
+    @property
+    def architecture(self) -> Architecture:
+        """The row that says which linears are quantized."""
+        return find(self.model_type)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs have to be."""
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def hf_device_map(self) -> Mapping[str, Any] | None:
+        """Where accelerate has put the parts of the model, if it has."""
+        return getattr(self.model, "hf_device_map", None)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":  # not set yet: nothing to fall back to
+                raise
+            return getattr(self.model, name)
+
+    def to(self, *args: Any, **kwargs: Any) -> BaseGPTQForCausalLM:
+        """Move the wrapped model."""
+        nn.Module.to(self.model, *args, **kwargs)
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the wrapped model."""
+        return self.model(*args, **kwargs)
+
+    def generate(self, **kwargs: Any) -> Any:
+        """Generate with the wrapped model; takes keyword arguments only, as AutoGPTQ's did."""
+        with torch.inference_mode():
+            return self.model.generate(**kwargs)  # type: ignore[operator]
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the wrapped model's method of that name."""
+        return self.model.prepare_inputs_for_generation(*args, **kwargs)
+
+    def quantize(
+        self,
+        examples: Sequence[Mapping[str, Any]],
+        batch_size: int = 1,
+        use_triton: bool = False,
+        use_cuda_fp16: bool = True,
+        autotune_warmup_after_quantized: bool = False,
+        cache_examples_on_gpu: bool = True,
+        *,
+        show_progress: bool | None = None,
+    ) -> None:
+        """Quantize the model in place, calibrating on examples.
+
+        ``use_triton``, ``use_cuda_fp16`` and ``autotune_warmup_after_quantized`` chose among
+        AutoGPTQ's kernels and mean nothing here.
+
+        :param examples: dicts with ``input_ids`` and ``attention_mask``; padding does not count
+        :param batch_size: examples that run through a block at a time
+        :param show_progress: draw a bar; None for only on a terminal
+        :raises QuantizedStateError: (an EnvironmentError) if the model is quantized already
+        :raises ExamplesError: (a ValueError) if examples are empty or of the wrong form
+        :raises ModuleShapeError: (a ValueError) if a linear cannot be packed; nothing is changed
+        """
+        if self.quantized:
+            raise QuantizedStateError("The model is quantized already; load the original again.")
+        if self.quantize_config.quant_method in QUANTIZE_BLACK_LIST:
+            raise ValueError(
+                f"quant_method {self.quantize_config.quant_method!r} can be read but not made; "
+                "use 'gptq'."
+            )
+        batches = make_batches(
+            examples, batch_size, self._pad_token_id(), getattr(self.config, "vocab_size", None)
+        )
+        self.report = quantize_model(
+            self.model, self.architecture, self.quantize_config, batches, show_progress
+        )
+        self._quantized = True
+
+    def save_quantized(
+        self,
+        save_dir: str | Path,
+        use_safetensors: bool = True,
+        safetensors_metadata: dict[str, Any] | None = None,
+    ) -> None:
+        """Write the packed model into a folder that AutoGPTQ, transformers and vLLM can read.
+
+        :raises QuantizedStateError: (an EnvironmentError) if the model is not quantized
+        """
+        if not self.quantized:
+            raise QuantizedStateError("The model is not quantized yet; call quantize() first.")
+        save_checkpoint(
+            self.model,
+            self.quantize_config,
+            save_dir,
+            version=__version__,
+            use_safetensors=use_safetensors,
+            safetensors_metadata=safetensors_metadata,
+        )
+        self.quantize_config.model_name_or_path = str(save_dir)
+
+    def save_pretrained(
+        self,
+        save_dir: str | Path,
+        use_safetensors: bool = True,
+        safetensors_metadata: dict[str, Any] | None = None,
+        **_kwargs: Any,
+    ) -> None:
+        """Do what :meth:`save_quantized` does, under transformers' name."""
+        self.save_quantized(save_dir, use_safetensors, safetensors_metadata)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        quantize_config: BaseQuantizeConfig,
+        max_memory: dict[Any, Any] | None = None,
+        trust_remote_code: bool = False,
+        torch_dtype: torch.dtype = torch.float16,
+        **model_init_kwargs: Any,
+    ) -> BaseGPTQForCausalLM:
+        """Load a full-precision model in order to quantize it.
+
+        :param max_memory: bytes per device ({0: "20GIB", "cpu": "30GIB"}); given that, the model
+            is spread over those devices
+        """
+        if max_memory is not None:
+            model_init_kwargs |= {"max_memory": max_memory, "device_map": "auto"}
+        model = load.load_dense(
+            pretrained_model_name_or_path, torch_dtype, trust_remote_code, **model_init_kwargs
+        )
+        wrapper = cls(model, False, quantize_config)
+        wrapper._set_seqlen()
+        return wrapper
+
+    @classmethod
+    def from_quantized(
+        cls,
+        model_name_or_path: str | Path,
+        device_map: str | dict[str, Any] | None = None,
+        max_memory: dict[Any, Any] | None = None,
+        device: str | int | torch.device | None = None,
+        low_cpu_mem_usage: bool = False,
+        use_triton: bool = False,
+        use_qigen: bool = False,
+        use_marlin: bool = False,
+        torch_dtype: torch.dtype | None = None,
+        inject_fused_attention: bool = False,
+        inject_fused_mlp: bool = False,
+        use_cuda_fp16: bool = True,
+        quantize_config: BaseQuantizeConfig | dict[str, Any] | None = None,
+        model_basename: str | None = None,
+        use_safetensors: bool = True,
+        trust_remote_code: bool = False,
+        warmup_triton: bool = False,
+        trainable: bool = False,
+        disable_exllama: bool | None = None,
+        disable_exllamav2: bool = False,
+        use_tritonv2: bool = False,
+        checkpoint_format: str | None = None,
+        **kwargs: Any,
+    ) -> BaseGPTQForCausalLM:
+        """Load a quantized checkpoint from a folder or the Hub.
+
+        The flags that chose among AutoGPTQ's kernels are accepted and mean nothing here.
+
+        :param torch_dtype: dtype of activations and dense weights; None for float16 on a GPU and
+            float32 on a CPU, which multiplies 16-bit numbers slowly
+        :raises MissingFileError: (a FileNotFoundError) if no weights are found
+        :raises CheckpointError: (a ValueError) if files or tensors are damaged, missing or misfit
+        """
+        model_config = load.load_config(model_name_or_path, trust_remote_code, **kwargs)
+        if model_config.model_type not in SUPPORTED_MODELS:
+            find(model_config.model_type)  # raises with the list of known types
+        settings = _settings(quantize_config, model_name_or_path, checkpoint_format, kwargs)
+        weights = load.find_quantized_weights(
+            model_name_or_path, settings, model_basename, use_safetensors, **kwargs
+        )
+        if torch_dtype is None:
+            on_cpu = device is not None and torch.device(device).type == "cpu"
+            fast_half = torch.cuda.is_available() and not on_cpu
+            torch_dtype = torch.float16 if fast_half else torch.float32
+        model = load.load_packed(model_config, weights, settings, torch_dtype, trust_remote_code)
+        place(model, device, device_map, max_memory)
+        settings.model_name_or_path = str(model_name_or_path)
+        settings.model_file_base_name = weights.base_name
+        wrapper = cls(model, True, settings, trainable=trainable)
+        wrapper._set_seqlen()
+        return wrapper
+
+    def _set_seqlen(self) -> None:
+        lengths = (getattr(self.config, key, None) for key in _SEQLEN_KEYS)
+        self.model.seqlen = next((length for length in lengths if length), 4096)
+
+    def _pad_token_id(self) -> int:
+        """Any id will do, since padding is masked everywhere."""
+        for candidate in (self.config.pad_token_id, self.config.eos_token_id):
+            first = candidate[0] if isinstance(candidate, (list, tuple)) else candidate
+            if isinstance(first, int) and first >= 0:
+                return first
+        return 0
+
+
+def _settings(
+    given: BaseQuantizeConfig | dict[str, Any] | None,
+    source: str | Path,
+    checkpoint_format: str | None,
+    kwargs: dict[str, Any],
+) -> BaseQuantizeConfig:
+    if given is None:
+        return BaseQuantizeConfig.from_pretrained(
+            source, checkpoint_format=checkpoint_format, **kwargs
+        )
+    if isinstance(given, dict):
+        return BaseQuantizeConfig.from_quant_config(given, checkpoint_format)
+    return given

@@ -1,0 +1,204 @@
+"""``QuantLinear``: a linear layer whose weight is stored as packed integers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import CheckpointError, DerivedWeightError, ModuleShapeError
+from ...formats.gptq import ZERO_OFFSET, GPTQTensors, group_count, pack_layer, trivial_g_idx
+from ...formats.packing import CODES_PER_STREAM
+from ...kernels import native, ops
+
+_PACKED = ("qweight", "qzeros", "scales", "g_idx")
+
+
+class QuantLinear(nn.Linear):
+    """A linear layer over packed weights; buffers are the checkpoint's tensors, bit for bit.
+
+    It is an ``nn.Linear`` for whoever asks, but ``weight`` is derived: reading it dequantizes,
+    writing it raises.
+
+    :raises ModuleShapeError: if the features are not multiples of 32
+    """
+
+    QUANT_TYPE = "gptq"
+
+    def __init__(
+        self,
+        bits: int,
+        group_size: int,
+        infeatures: int,
+        outfeatures: int,
+        bias: bool,
+        trainable: bool = False,
+        weight_dtype: torch.dtype = torch.float16,
+        checkpoint_format: str = "gptq",
+        **_kwargs: Any,
+    ) -> None:
+        check_shape("QuantLinear", infeatures, outfeatures, group_size)
+        nn.Module.__init__(self)  # not nn.Linear's: it would allocate the dense weight
+        self.bits = bits
+        self.group_size = infeatures if group_size == -1 else group_size
+        self.in_features = self.infeatures = infeatures
+        self.out_features = self.outfeatures = outfeatures
+        self.maxq = (1 << bits) - 1
+        self.trainable = trainable
+        self.zero_offset = ZERO_OFFSET[checkpoint_format]
+        groups = group_count(infeatures, self.group_size)
+        words = bits, CODES_PER_STREAM
+        self.register_buffer(
+            "qweight", torch.zeros(infeatures // words[1] * words[0], outfeatures, dtype=torch.int32)
+        )
+        self.register_buffer(
+            "qzeros", torch.zeros(groups, outfeatures // words[1] * words[0], dtype=torch.int32)
+        )
+        self.register_buffer("scales", torch.zeros(groups, outfeatures, dtype=weight_dtype))
+        self.register_buffer("g_idx", trivial_g_idx(infeatures, self.group_size))
+        self.register_buffer("bias", torch.zeros(outfeatures, dtype=weight_dtype) if bias else None)
+        self.qweight: Tensor
+        self.qzeros: Tensor
+        self.scales: Tensor
+        self.g_idx: Tensor
+        native.load()
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]  # a Parameter in nn.Linear
+        """The dense weight ``[N, K]``, dequantized anew at each access."""
+        weight: Tensor = torch.ops.auto_gptq.dequantize(
+            *self._packed(), self.bits, self.zero_offset, self.scales.dtype
+        )
+        return weight
+
+    @weight.setter
+    def weight(self, value: object) -> None:
+        raise DerivedWeightError(
+            "The weight of a quantized layer is derived from its packed integers and cannot be "
+            "set. Use pack() to replace them."
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply ``x [..., K]``, in any float dtype, to ``[..., N]`` in the same dtype."""
+        output: Tensor = torch.ops.auto_gptq.q_linear(
+            x, *self._packed(), self.bias, self.bits, self.zero_offset
+        )
+        return output
+
+    def pack(
+        self,
+        linear: nn.Module,  # its weight holds values of the grid (fake-quantized)
+        scales: Tensor,  # [N, G]
+        zeros: Tensor,  # [N, G]
+        g_idx: Tensor | None = None,  # [K]; contiguous groups if None
+    ) -> None:
+        """Pack a fake-quantized layer, finding each code again by rounding (AutoGPTQ's call).
+
+        The solver's own integers go through :meth:`pack_codes`, which rounds nothing.
+        """
+        if g_idx is None:
+            g_idx = trivial_g_idx(self.in_features, self.group_size)
+        group = g_idx.to(scales.device, torch.long)
+        weight = dense_weight(linear).to(scales.device, torch.float32)
+        wide_scales, wide_zeros = scales.float()[:, group], zeros.float()[:, group]
+        codes = torch.round(weight / wide_scales + wide_zeros).clamp(0, self.maxq)
+        self.pack_codes(codes, scales, zeros, g_idx, getattr(linear, "bias", None))
+
+    def pack_codes(
+        self,
+        codes: Tensor,  # [N, K]
+        scales: Tensor,  # [N, G]
+        zeros: Tensor,  # [N, G]
+        g_idx: Tensor,  # [K]
+        bias: Tensor | None = None,  # [N]
+    ) -> None:
+        """Take integers as they are."""
+        packed = pack_layer(
+            codes,
+            scales,
+            zeros,
+            g_idx,
+            bits=self.bits,
+            checkpoint_format=self.checkpoint_format,
+            scale_dtype=self.scales.dtype,
+        )
+        self.load_packed(packed, bias)
+
+    def load_packed(self, packed: GPTQTensors, bias: Tensor | None = None) -> None:
+        """Take packed tensors, which must have the shapes of the present ones."""
+        for name in _PACKED:
+            new, old = getattr(packed, name), getattr(self, name)
+            if new.shape != old.shape:
+                raise CheckpointError(
+                    f"{name} has shape {list(new.shape)}; {self} needs {list(old.shape)}."
+                )
+            setattr(self, name, new)
+        if self.bias is not None and bias is not None:
+            self.bias = bias.detach().to(self.scales.dtype).clone()
+
+    @property
+    def checkpoint_format(self) -> str:
+        """The layout of ``qzeros``: "gptq" or "gptq_v2"."""
+        return next(name for name, offset in ZERO_OFFSET.items() if offset == self.zero_offset)
+
+    def check(self, name: str) -> None:
+        """Look at the loaded values for what would make every output wrong.
+
+        :param name: what to call the layer in the message
+        :raises CheckpointError: on a group out of range, or a scale that is NaN or infinite
+        """
+        low, high = (int(x) for x in torch.aminmax(self.g_idx))
+        if low < 0 or high >= self.scales.shape[0]:
+            raise CheckpointError(
+                f"{name}.g_idx names groups {low} to {high}, but there are "
+                f"{self.scales.shape[0]} groups (0 to {self.scales.shape[0] - 1})."
+            )
+        if not torch.isfinite(self.scales).all():
+            raise CheckpointError(f"{name}.scales holds NaN or infinity; the checkpoint is damaged.")
+
+    def extra_repr(self) -> str:
+        """Say the shape and the settings, as ``repr`` of a layer does."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, bits={self.bits}, group_size={self.group_size}"
+        )
+
+    def _packed(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.qweight, self.qzeros, self.scales, self.g_idx
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        """Move with the model, but keep the dtype of the scales: half() must not round them."""
+        scales = self.scales
+        super()._apply(fn, recurse)
+        if self.scales.dtype != scales.dtype:
+            self.scales = scales.to(self.scales.device)
+        return self
+
+
+def check_shape(name: str, in_features: int, out_features: int, group_size: int) -> None:
+    """Refuse a linear layer that the packed format cannot hold.
+
+    :raises ModuleShapeError: naming the layer, its shape and the group size
+    """
+    shape = f"{name} maps {in_features} inputs to {out_features} outputs"
+    if in_features % CODES_PER_STREAM or out_features % CODES_PER_STREAM:
+        raise ModuleShapeError(
+            f"{shape}; both must be multiples of {CODES_PER_STREAM} to be packed into int32 words."
+        )
+    if group_size > in_features:
+        raise ModuleShapeError(
+            f"{shape}, fewer inputs than one group of group_size={group_size}. "
+            f"Choose a group_size of at most {in_features}, or -1 for one group per row."
+        )
+
+
+def dense_weight(linear: nn.Module) -> Tensor:
+    """Give the weight of a Linear or Conv1D as ``[out_features, in_features]``."""
+    weight: Tensor = linear.weight.detach()  # type: ignore[union-attr, assignment, operator]
+    # GPT-2's Conv1D keeps [in, out]; it has `nf` where a Linear has `out_features`.
+    return weight.t() if hasattr(linear, "nf") else weight
+
+
+_ = ops  # importing it defines the operators

@@ -1,0 +1,1 @@
+"""The loop over blocks that turns a model into a quantized one."""

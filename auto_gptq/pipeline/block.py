@@ -1,0 +1,197 @@
+"""One block: collect Hessians with hooks on, solve, propagate with hooks off."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.capture import BlockCall
+from ..errors import NumericsError
+from ..nn_modules.qlinear.linear import dense_weight
+from ..quantization.hessian import Hessian
+from ..quantization.solver import Solution, SolverOptions, round_to_nearest, solve
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Feed:
+    """What enters a block, per batch."""
+
+    hidden: list[Tensor]  # [B, T, hidden size]
+    calls: list[BlockCall]
+    keep: list[Tensor | None]  # [B, T] bool, False where padded
+
+
+@dataclass(frozen=True)
+class Solved:
+    """One module's integers and how they came about."""
+
+    name: str
+    solution: Solution
+    error: float
+    tokens: int
+    seconds: float
+
+
+def solve_step(
+    block: nn.Module,
+    linears: Mapping[str, nn.Module],
+    feed: Feed,
+    options: SolverOptions,
+) -> Iterator[Solved]:
+    """Solve the linears of one step, and leave their dequantized weights in the block.
+
+    Linears that read the same tensor share one Hessian and one factorization.
+    """
+    collector = _Collector(linears)
+    with collector.hooked():
+        for hidden, call, keep in zip(feed.hidden, feed.calls, feed.keep, strict=True):
+            collector.keep = keep
+            collector.run(block, hidden, call)
+    for sharing in collector.sharing:
+        yield from _solve_together(
+            {name: linears[name] for name in sharing.names}, sharing.hessian, options
+        )
+    for name, linear in linears.items():
+        if name not in collector.seen:
+            logger.warning("%s saw no calibration token; its weights are only rounded.", name)
+            columns = dense_weight(linear).shape[1]
+            nothing = Hessian(columns, dense_weight(linear).device)
+            yield from _solve_together({name: linear}, nothing, options)
+
+
+def propagate(block: nn.Module, feed: Feed) -> None:
+    """Replace the hidden states by the block's outputs.
+
+    :raises NumericsError: if they hold NaN or infinity
+    """
+    for i, (hidden, call) in enumerate(zip(feed.hidden, feed.calls, strict=True)):
+        feed.hidden[i] = run_block(block, hidden, call)
+    if not torch.stack([torch.isfinite(hidden).all() for hidden in feed.hidden]).all():
+        raise NumericsError(
+            "the block's outputs hold NaN or infinity. If the model runs in float16, load it with "
+            "torch_dtype=torch.bfloat16 or torch.float32."
+        )
+
+
+def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
+    """Call a block as the model did; give its hidden states."""
+    output = block(hidden, *call.args, **call.kwargs)
+    result: Tensor = output[0] if isinstance(output, tuple) else output
+    return result
+
+
+def _solve_together(
+    linears: Mapping[str, nn.Module], hessian: Hessian, options: SolverOptions
+) -> Iterator[Solved]:
+    """Solve linears of one input as one tall matrix, then part them again."""
+    started = time.perf_counter()
+    mean = hessian.mean()
+    weights = {name: dense_weight(linear).float() for name, linear in linears.items()}
+    tall = torch.cat(list(weights.values()))
+    try:
+        solved = (solve if hessian.tokens else round_to_nearest)(tall, mean, options)
+    except NumericsError as error:
+        raise NumericsError(f"{', '.join(linears)}: {error}") from error
+    energy = ((tall @ mean) * tall).sum(1)
+    seconds = (time.perf_counter() - started) / len(linears)
+    row = 0
+    for name, linear in linears.items():
+        rows = slice(row, row + len(weights[name]))
+        part = solved.rows(rows.start, rows.stop)
+        quantized = part.dequantize().to(linear.weight.dtype)  # type: ignore[arg-type]
+        with torch.no_grad():
+            dense_weight(linear).copy_(quantized)
+        lost, whole = float(part.loss.sum()), float(energy[rows].sum())
+        yield Solved(name, part, lost / whole if whole else 0.0, hessian.tokens, seconds)
+        row = rows.stop
+
+
+class _AllSeen(Exception):  # noqa: N818 (not an error)
+    """Ends a block's forward pass once every hooked linear has been reached."""
+
+
+@dataclass
+class _Sharing:
+    """Linears that read the same tensor."""
+
+    names: list[str]
+    hessian: Hessian
+
+
+@dataclass
+class _Collector:
+    """Hooks on the linears of one step that feed their inputs to Hessians."""
+
+    linears: Mapping[str, nn.Module]
+    sharing: list[_Sharing] = field(default_factory=list)
+    keep: Tensor | None = None
+    seen: set[str] = field(default_factory=set)
+    _inputs: dict[str, Tensor] = field(default_factory=dict)  # of the first batch, by first name
+    _waiting: set[str] = field(default_factory=set)
+    _is_first: bool = True
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        handles = [
+            linear.register_forward_pre_hook(self._hook(name))
+            for name, linear in self.linears.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def run(self, block: nn.Module, hidden: Tensor, call: BlockCall) -> None:
+        self._waiting = set(self.seen)
+        try:
+            run_block(block, hidden, call)
+        except _AllSeen:
+            pass
+        self._is_first = False
+        self._inputs.clear()
+
+    def _hook(self, name: str) -> Any:
+        def note(_linear: nn.Module, args: Sequence[Tensor]) -> None:
+            if self._is_first:
+                self._assign(name, args[0])
+            for sharing in self.sharing:
+                if sharing.names[0] == name:
+                    sharing.hessian.add(args[0], self._mask(args[0]))
+            self._waiting.discard(name)
+            # The rest of the block's forward is wanted by nobody.  In the first pass it is not
+            # known yet which linears will run.
+            if not self._is_first and not self._waiting:
+                raise _AllSeen
+
+        return note
+
+    def _assign(self, name: str, x: Tensor) -> None:
+        """Find the linears that read the very same tensor; their inputs are kept alive for that."""
+        if name in self.seen:
+            return
+        self.seen.add(name)
+        for sharing in self.sharing:
+            other = self._inputs[sharing.names[0]]
+            if other.data_ptr() == x.data_ptr() and other.shape == x.shape:
+                sharing.names.append(name)
+                return
+        self._inputs[name] = x
+        self.sharing.append(_Sharing([name], Hessian(x.shape[-1], x.device)))
+
+    def _mask(self, x: Tensor) -> Tensor | None:
+        if self.keep is None:
+            return None
+        if x.shape[:-1] == self.keep.shape:
+            return self.keep
+        # Some models flatten batch and time; anything else is a choice of tokens of its own.
+        return self.keep.flatten() if x.shape[:-1] == (self.keep.numel(),) else None

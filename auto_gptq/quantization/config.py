@@ -1,0 +1,202 @@
+"""``BaseQuantizeConfig``: the settings of a quantization and their JSON form."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import hub
+from ..errors import ConfigError, MissingFileError
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_FORMAT_FIELD = "checkpoint_format"
+CHECKPOINT_FORMAT_FIELD_COMPAT_MARLIN = "is_marlin_format"
+QUANT_METHOD_FIELD = "quant_method"
+QUANT_CONFIG_FILENAME = "quantize_config.json"
+
+
+class CHECKPOINT_FORMAT:  # noqa: N801 (AutoGPTQ's name)
+    """Names of the tensor layouts in a checkpoint."""
+
+    GPTQ = "gptq"
+    GPTQ_V2 = "gptq_v2"
+    MARLIN = "marlin"
+    AWQ_GEMM = "gemm"
+
+
+class QUANT_METHOD:  # noqa: N801 (AutoGPTQ's name)
+    """Names of the quantization methods."""
+
+    GPTQ = "gptq"
+    AWQ = "awq"
+
+
+QUANT_METHOD_FORMAT_MAPPING = {
+    QUANT_METHOD.GPTQ: {
+        CHECKPOINT_FORMAT.GPTQ,
+        CHECKPOINT_FORMAT.GPTQ_V2,
+        CHECKPOINT_FORMAT.MARLIN,
+    },
+    QUANT_METHOD.AWQ: {CHECKPOINT_FORMAT.AWQ_GEMM},
+}
+QUANTIZE_BLACK_LIST = {QUANT_METHOD.AWQ}  # can be read, not made
+QUANT_CONFIG_ARG_SYNONYMS = {"w_bit": "bits", "q_group_size": "group_size"}
+
+# Formats whose tensors cannot hold an activation order.
+_ORDERLESS = {CHECKPOINT_FORMAT.MARLIN, CHECKPOINT_FORMAT.AWQ_GEMM}
+_ALL_FORMATS = set().union(*QUANT_METHOD_FORMAT_MAPPING.values())
+# Where a configuration may lie in a model folder, in the order of trying.
+_CONFIG_FILES = (QUANT_CONFIG_FILENAME, "quant_config.json", "config.json")
+
+
+@dataclass
+class BaseQuantizeConfig:
+    """Settings of a quantization, with AutoGPTQ's names, order and defaults.
+
+    :param bits: width of a code: 2, 3, 4 or 8
+    :param group_size: inputs that share a scale; -1 for one scale per output row
+    :param damp_percent: damping added to the Hessian's diagonal, as a share of its mean
+    :param desc_act: solve columns in descending order of activation size ("act-order")
+    :param static_groups: with ``desc_act``, keep groups contiguous, so that ``g_idx`` is trivial
+    :param sym: zero point fixed at the middle code
+    :param true_sequential: solve the steps of a block one after another, each on fresh activations
+    :param quant_method: "gptq", or "awq" for a checkpoint that is only read
+    :param checkpoint_format: layout of the tensors on disk
+    :param model_name_or_path: where the quantized model came from or was saved to
+    :param model_file_base_name: file name of the weights without its extension
+    :raises ConfigError: (a ValueError) if a value cannot work
+    """
+
+    bits: int = 4
+    group_size: int = -1
+    damp_percent: float = 0.01
+    desc_act: bool = True
+    static_groups: bool = False
+    sym: bool = True
+    true_sequential: bool = True
+    quant_method: str = QUANT_METHOD.GPTQ
+    checkpoint_format: str = CHECKPOINT_FORMAT.GPTQ
+    model_name_or_path: str | None = None
+    model_file_base_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.bits not in (2, 3, 4, 8):
+            raise ConfigError(f"bits is {self.bits!r}; it must be 2, 3, 4 or 8.")
+        if self.group_size != -1 and not self.group_size > 0:
+            raise ConfigError(
+                f"group_size is {self.group_size!r}; it must be -1 (one scale per row) "
+                "or a positive number of columns, usually 128."
+            )
+        if not 0 < self.damp_percent < 1:
+            raise ConfigError(
+                f"damp_percent is {self.damp_percent!r}; it must lie between 0 and 1, usually 0.01."
+            )
+        formats = QUANT_METHOD_FORMAT_MAPPING.get(self.quant_method)
+        if formats is None:
+            raise ConfigError(
+                f"quant_method is {self.quant_method!r}; known: {sorted(QUANT_METHOD_FORMAT_MAPPING)}."
+            )
+        if self.checkpoint_format not in formats:
+            raise ConfigError(
+                f"checkpoint_format {self.checkpoint_format!r} does not go with quant_method "
+                f"{self.quant_method!r}; possible: {sorted(formats)}."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the settings as AutoGPTQ's JSON object, keys in its order."""
+        fields = asdict(self)
+        at_the_end = (QUANT_METHOD_FIELD, CHECKPOINT_FORMAT_FIELD)
+        return {k: v for k, v in fields.items() if k not in at_the_end} | {
+            k: fields[k] for k in at_the_end
+        }
+
+    def save_pretrained(self, save_dir: str | Path, **_kwargs: Any) -> None:
+        """Write ``quantize_config.json`` into an existing folder."""
+        path = Path(save_dir) / QUANT_CONFIG_FILENAME
+        path.write_text(json.dumps(self.to_dict(), indent=2), encoding="utf-8")
+
+    @classmethod
+    def from_quant_config(
+        cls, quantize_cfg: dict[str, Any], checkpoint_format: str | None = None
+    ) -> BaseQuantizeConfig:
+        """Normalise a configuration as any GPTQ or AWQ tool writes it.
+
+        :raises ConfigError: on an unknown or contradictory format or method
+        """
+        given = {key.lower(): value for key, value in quantize_cfg.items()}
+        given = {QUANT_CONFIG_ARG_SYNONYMS.get(key, key): value for key, value in given.items()}
+        settings = {k: v for k, v in given.items() if k in cls.__dataclass_fields__}
+        settings |= _method_and_format(given, checkpoint_format)
+        if settings[CHECKPOINT_FORMAT_FIELD] in _ORDERLESS:
+            settings["desc_act"] = False
+        if "sym" not in settings:
+            logger.warning("The quantization config does not say `sym`; taking symmetric.")
+        unknown = sorted(set(given) - set(cls.__dataclass_fields__) - {"version", "is_marlin_format"})
+        if unknown:
+            logger.info("Ignoring quantization settings that are not known here: %s", unknown)
+        return cls(**settings)
+
+    @classmethod
+    def from_pretrained(cls, save_dir: str | Path, **kwargs: Any) -> BaseQuantizeConfig:
+        """Read the settings of a checkpoint in a folder or on the Hub.
+
+        :raises MissingFileError: if no file there holds a quantization configuration
+        """
+        checkpoint_format = kwargs.pop(CHECKPOINT_FORMAT_FIELD, None)
+        for name in _CONFIG_FILES:
+            path = hub.find_file(save_dir, name, **kwargs)
+            if path is None:
+                continue
+            content = _read_json(path)
+            if name == "config.json":
+                content = content.get("quantization_config")
+                if content is None:
+                    continue
+            return cls.from_quant_config(content, checkpoint_format)
+        raise MissingFileError(
+            f"{save_dir} holds no quantization configuration: none of quantize_config.json, "
+            "quant_config.json or a config.json with `quantization_config`. Is it a quantized model? "
+            "If so, pass quantize_config=BaseQuantizeConfig(...) with its settings."
+        )
+
+
+def _method_and_format(given: dict[str, Any], wanted_format: str | None) -> dict[str, str]:
+    """Find out method and format from the several ways in which tools write them down."""
+    method = str(given.get(QUANT_METHOD_FIELD) or QUANT_METHOD.GPTQ).lower()
+    checkpoint_format = given.get(CHECKPOINT_FORMAT_FIELD)
+    if checkpoint_format is not None and wanted_format is not None:
+        raise ConfigError(
+            f"The configuration says checkpoint_format {checkpoint_format!r}, so "
+            f"checkpoint_format={wanted_format!r} must not be passed as well."
+        )
+    checkpoint_format = str(checkpoint_format or wanted_format or "").lower() or None
+    if checkpoint_format is not None and checkpoint_format not in _ALL_FORMATS:
+        raise ConfigError(
+            f"Unknown checkpoint_format {checkpoint_format!r}; known: {sorted(_ALL_FORMATS)}."
+        )
+    if method == CHECKPOINT_FORMAT.MARLIN or given.get(CHECKPOINT_FORMAT_FIELD_COMPAT_MARLIN):
+        method, checkpoint_format = QUANT_METHOD.GPTQ, CHECKPOINT_FORMAT.MARLIN
+    elif str(given.get("version")).lower() == CHECKPOINT_FORMAT.AWQ_GEMM:
+        method, checkpoint_format = QUANT_METHOD.AWQ, CHECKPOINT_FORMAT.AWQ_GEMM
+    if method not in QUANT_METHOD_FORMAT_MAPPING:
+        raise ConfigError(
+            f"Unknown quant_method {method!r}; known: {sorted(QUANT_METHOD_FORMAT_MAPPING)}."
+        )
+    if checkpoint_format is None:
+        checkpoint_format = CHECKPOINT_FORMAT.GPTQ
+        logger.info("The quantization config names no checkpoint_format; taking 'gptq'.")
+    return {QUANT_METHOD_FIELD: method, CHECKPOINT_FORMAT_FIELD: checkpoint_format}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not valid JSON ({error}). Download or write it again.") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds a {type(content).__name__}, not a JSON object.")
+    return content
