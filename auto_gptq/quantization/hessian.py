@@ -12,8 +12,10 @@ from ..errors import NumericsError
 
 logger = logging.getLogger(__name__)
 
-# Damping tried after a failed factorization, as multiples of the one asked for.
-_DAMPING_STEPS = (1.0, 3.0, 10.0, 30.0, 100.0)
+# After a failed factorization the damping grows by this factor, from at least this share of the
+# mean diagonal, until it outweighs the Hessian itself.
+_DAMPING_GROWTH = 10
+_LEAST_RAISED_DAMPING = 1e-4
 
 
 class Hessian:
@@ -67,31 +69,30 @@ def factorize(
     :raises NumericsError: if H holds NaN or infinity, or cannot be factored at any damping
     """
     diagonal = hessian.diagonal()
-    alive = diagonal > 0
-    mean = torch.where(alive, diagonal, 1.0).mean()
-    if not torch.isfinite(mean):
+    if not torch.isfinite(diagonal).all():
         raise NumericsError(
             "The layer's inputs hold NaN or infinity. If the model runs in float16, "
             "load it with torch_dtype=torch.bfloat16 or torch.float32."
         )
-    identity = torch.eye(hessian.shape[0], dtype=torch.float64, device=hessian.device)
-    for step in _DAMPING_STEPS:
-        damp = damp_percent * step
+    diagonal = torch.where(diagonal > 0, diagonal, 1.0)
+    damp = damp_percent
+    while damp <= 1:
         damped = hessian.to(torch.float64)
-        damped.diagonal().copy_(torch.where(alive, diagonal, 1.0) + damp * mean)
+        damped.diagonal().copy_(diagonal + damp * diagonal.mean())
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed:
-            if step > 1:
+            if damp > damp_percent:
                 logger.warning(
                     "The Hessian is not positive definite at damp_percent %g; used %g instead.",
                     damp_percent,
                     damp,
                 )
-            right = lower.flip(0, 1)
-            inverse = torch.linalg.solve_triangular(right, identity, upper=True)
+            identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+            inverse = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
             # .contiguous(): the result may be column-major, and kernels read it by rows.
             return Factor(inverse.to(torch.float32).contiguous(), damp)
+        damp = max(damp * _DAMPING_GROWTH, _LEAST_RAISED_DAMPING)
     raise NumericsError(
-        f"The Hessian cannot be factored, even with damp_percent {damp:g}. "
+        f"The Hessian cannot be factored at any damp_percent from {damp_percent:g} to 1. "
         "Use more or more varied calibration examples."
     )

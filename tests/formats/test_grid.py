@@ -1,0 +1,71 @@
+import pytest
+import torch
+
+from auto_gptq.formats.grid import GridRule
+
+ALL_BITS = pytest.mark.parametrize("bits", [2, 3, 4, 8])
+BOTH_KINDS = pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+
+
+def _reached(rule: GridRule, weight: torch.Tensor, searched: bool = False) -> torch.Tensor:
+    grid = rule.fit(weight, torch.ones(weight.shape[1]) if searched else None)
+    codes = torch.stack([grid.to_codes(column) for column in weight.t()], 1)
+    assert ((codes >= 0) & (codes <= rule.maxq) & (codes == codes.round())).all()
+    return (codes - grid.zero[:, None]) * grid.scale[:, None]
+
+
+@ALL_BITS
+@BOTH_KINDS
+@pytest.mark.parametrize("shift", [-3.0, 0.0, 3.0])
+def test_min_max_grids_miss_no_weight_by_more_than_a_step(
+    bits: int, symmetric: bool, shift: float
+) -> None:
+    rule = GridRule(bits, symmetric)
+    weight = torch.randn(50, 64) + shift
+    step = rule.fit(weight).scale[:, None]
+    # A symmetric grid has one level more below zero: above, the largest weight lies half a step out.
+    # Rounding the scale to fp16 moves the outermost level by up to 2^-11 of its distance.
+    allowed = 0.5 + rule.maxq / 2**11
+    assert ((_reached(rule, weight) - weight).abs() <= step * allowed).all()
+
+
+@ALL_BITS
+@BOTH_KINDS
+def test_searched_ranges_never_have_a_larger_weighted_error(bits: int, symmetric: bool) -> None:
+    weight, importance = torch.randn(50, 64), torch.rand(64)
+    rule = GridRule(bits, symmetric)
+
+    def error(given: torch.Tensor | None) -> torch.Tensor:
+        grid = rule.fit(weight, given)
+        codes = torch.stack([grid.to_codes(column) for column in weight.t()], 1)
+        back = (codes - grid.zero[:, None]) * grid.scale[:, None]
+        return (back - weight).square() @ importance
+
+    assert (error(importance) <= error(None) * (1 + 1e-6)).all()
+    if bits < 8:
+        assert error(importance).sum() < error(None).sum()
+
+
+def test_scales_are_what_the_checkpoint_will_hold() -> None:
+    scale = GridRule(4, scale_dtype=torch.float16).fit(torch.randn(20, 32)).scale
+    assert torch.equal(scale, scale.half().float())
+
+
+@BOTH_KINDS
+def test_a_group_of_zeros_stays_zero(symmetric: bool) -> None:
+    assert not _reached(GridRule(4, symmetric), torch.zeros(3, 32)).any()
+
+
+@BOTH_KINDS
+@pytest.mark.parametrize("size", [1e-9, 1e9], ids=["below fp16", "above fp16"])
+def test_weights_out_of_the_reach_of_fp16_scales_give_finite_grids(
+    symmetric: bool, size: float
+) -> None:
+    back = _reached(GridRule(4, symmetric), torch.randn(3, 32) * size)
+    assert torch.isfinite(back).all()
+
+
+def test_zero_points_of_v1_are_never_0() -> None:
+    weight = torch.rand(50, 32) + 0.1  # all positive: min-max alone would choose zero point 0
+    assert (GridRule(4, symmetric=False).fit(weight).zero >= 1).all()
+    assert (GridRule(4, symmetric=False, lowest_zero=0).fit(weight).zero == 0).all()

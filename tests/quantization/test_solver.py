@@ -1,0 +1,159 @@
+import dataclasses
+
+import pytest
+import torch
+from tests.reference import plain_gptq
+
+from auto_gptq.errors import NumericsError
+from auto_gptq.formats.grid import GridRule
+from auto_gptq.quantization.hessian import Hessian, factorize
+from auto_gptq.quantization.solver import (
+    SolverOptions,
+    round_to_nearest,
+    solve,
+    squared_error,
+)
+
+
+def _layer(rows: int = 24, columns: int = 160) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight and the Hessian of correlated inputs of uneven size."""
+    mix = torch.randn(columns, columns) / columns**0.5 + torch.eye(columns)
+    x = (torch.randn(3 * columns, columns) * torch.linspace(0.1, 2, columns)) @ mix
+    return torch.randn(rows, columns), x.t() @ x / len(x)
+
+
+SETTINGS = [
+    pytest.param(SolverOptions(GridRule(bits, sym), group, 0.01, order, static), id=name)
+    for name, bits, sym, group, order, static in [
+        ("4bit_g32", 4, True, 32, False, False),
+        ("4bit_g32_act", 4, True, 32, True, False),
+        ("4bit_g64_act_static", 4, True, 64, True, True),
+        ("4bit_one_group_act", 4, True, -1, True, False),
+        ("4bit_g48_ragged", 4, True, 48, True, False),
+        ("3bit_g32_asym", 3, False, 32, False, False),
+        ("2bit_g32_asym_act", 2, False, 32, True, False),
+        ("8bit_g160", 8, True, 160, False, False),
+    ]
+]
+
+
+@pytest.mark.parametrize("options", SETTINGS)
+def test_codes_are_those_of_plain_fp64_gptq(options: SolverOptions, device: torch.device) -> None:
+    weight, hessian = _layer()
+    found = solve(weight.to(device), hessian.to(device), options)
+    order = torch.arange(160)
+    if options.act_order:
+        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    group = found.g_idx.long().cpu()
+    scales, zeros = found.scales.cpu()[:, group], found.zeros.cpu()[:, group]
+    codes = plain_gptq(weight, hessian, scales, zeros, options.rule.maxq, 0.01, order)
+    # fp32 rounds a weight that lies between two codes to either side, after which its row goes on
+    # differently: very few rows may.
+    differing = (found.codes.cpu() != codes).any(1).sum()
+    assert differing <= 2
+    ours = squared_error(weight, found.dequantize().cpu(), hessian)
+    theirs = squared_error(weight, (codes - zeros) * scales, hessian)
+    assert ours <= theirs * 1.001
+
+
+@pytest.mark.parametrize("options", SETTINGS)
+def test_solving_beats_rounding(options: SolverOptions) -> None:
+    weight, hessian = _layer()
+    solved = solve(weight, hessian, options).dequantize()
+    rounded = round_to_nearest(weight, hessian, options).dequantize()
+    assert squared_error(weight, solved, hessian) < squared_error(weight, rounded, hessian)
+
+
+@pytest.mark.parametrize("options", SETTINGS)
+def test_the_stated_loss_is_the_error_under_the_damped_hessian(options: SolverOptions) -> None:
+    weight, hessian = _layer()
+    found = solve(weight, hessian, options)
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(160)
+    error = squared_error(weight, found.dequantize(), damped)
+    assert found.loss.sum().item() == pytest.approx(error.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("options", SETTINGS)
+def test_rows_are_solved_independently_so_layers_of_one_input_can_be_stacked(
+    options: SolverOptions,
+) -> None:
+    weight, hessian = _layer()
+    together = solve(weight, hessian, options)
+    alone = solve(weight[8:16], hessian, options)
+    part = together.rows(8, 16)
+    assert (part.codes != alone.codes).any(1).sum() <= 1
+    assert torch.equal(part.g_idx, alone.g_idx)
+
+
+def test_static_groups_keep_g_idx_trivial_and_act_order_alone_does_not() -> None:
+    weight, hessian = _layer()
+    options = SolverOptions(GridRule(4), 32, act_order=True)
+    scattered = solve(weight, hessian, options).g_idx
+    static = solve(weight, hessian, dataclasses.replace(options, static_groups=True)).g_idx
+    assert torch.equal(static, torch.arange(160, dtype=torch.int32) // 32)
+    assert not torch.equal(scattered, static)
+    # The columns of group 0 are those with the largest inputs.
+    largest = torch.argsort(hessian.diagonal(), descending=True)[:32]
+    assert (scattered[largest] == 0).all()
+
+
+def test_inputs_that_were_always_zero_are_rounded_and_disturb_nobody() -> None:
+    """AutoGPTQ set the weights of such inputs to 0."""
+    weight, hessian = _layer()
+    dead = torch.tensor([3, 77])
+    hessian[dead] = 0
+    hessian[:, dead] = 0
+    found = solve(weight, hessian, SolverOptions(GridRule(8), -1))
+    error = (found.dequantize() - weight)[:, dead].abs()
+    assert (error <= found.scales * 0.51).all()
+
+
+def test_a_hessian_of_too_few_tokens_is_damped_until_it_can_be_factored() -> None:
+    x = torch.randn(3, 64) * 1e3
+    factor = factorize(x.t() @ x, 1e-9)
+    assert torch.isfinite(factor.inverse).all()
+    weight = torch.randn(32, 64)
+    solved = solve(weight, x.t() @ x, SolverOptions(GridRule(4), 32))
+    assert torch.isfinite(solved.dequantize()).all()
+
+
+def test_an_indefinite_hessian_raises_the_damping_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    hessian = torch.eye(32)
+    hessian[0, 1] = hessian[1, 0] = 1.05  # one eigenvalue is -0.05
+    assert factorize(hessian, 0.01).damp_percent == pytest.approx(0.1)
+    assert "not positive definite" in caplog.text
+    hessian[0, 1] = hessian[1, 0] = 5.0
+    with pytest.raises(NumericsError, match="cannot be factored"):
+        factorize(hessian, 0.01)
+
+
+def test_the_factor_is_the_one_that_gptq_gets_by_inverting() -> None:
+    _, hessian = _layer()
+    damped = hessian.double() + 0.01 * hessian.diagonal().mean() * torch.eye(160)
+    inverse = torch.linalg.inv(damped)
+    expected = torch.linalg.cholesky((inverse + inverse.t()) / 2, upper=True)
+    assert torch.allclose(factorize(hessian, 0.01).inverse.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_infinity_are_refused(bad: float) -> None:
+    weight, hessian = _layer()
+    options = SolverOptions(GridRule(4), 32)
+    with pytest.raises(NumericsError, match="inputs hold NaN or infinity"):
+        solve(weight, hessian.index_fill(0, torch.tensor([5]), bad), options)
+    weight[1, 2] = bad
+    with pytest.raises(NumericsError, match="weight holds NaN or infinity"):
+        solve(weight, hessian, options)
+
+
+def test_hessian_is_the_mean_over_kept_tokens() -> None:
+    x = torch.randn(2, 5, 32)
+    keep = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]).bool()
+    hessian = Hessian(32, torch.device("cpu"))
+    hessian.add(x, keep)
+    hessian.add(x.half())
+    tokens = torch.cat([x[keep], x.half().float().flatten(0, 1)])
+    assert hessian.tokens == len(tokens) == 18
+    assert torch.allclose(hessian.mean(), tokens.t() @ tokens / 18, atol=1e-6)
