@@ -261,7 +261,8 @@ class BaseGPTQForCausalLM(nn.Module):
 
     def _pad_token_id(self) -> int:
         """Any id will do, since padding is masked everywhere."""
-        for candidate in (self.config.pad_token_id, self.config.eos_token_id):
+        for key in ("pad_token_id", "eos_token_id"):
+            candidate = getattr(self.config, key, None)
             first = candidate[0] if isinstance(candidate, (list, tuple)) else candidate
             if isinstance(first, int) and first >= 0:
                 return first

@@ -76,7 +76,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
 
 def _dense(layer: QuantLinear, dtype: torch.dtype) -> nn.Linear:
     dense = nn.Linear(layer.in_features, layer.out_features, device="meta", dtype=dtype)
-    dense.weight = nn.Parameter(layer.weight.to(dtype))
+    dense.weight = nn.Parameter(layer.dequantize(dtype))
     bias = layer.bias
     dense.bias = None if bias is None else nn.Parameter(bias.to(dtype))  # type: ignore[assignment]
     return dense

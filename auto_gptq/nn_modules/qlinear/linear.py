@@ -68,10 +68,7 @@ class QuantLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]  # a Parameter in nn.Linear
         """The dense weight ``[N, K]``, dequantized anew at each access."""
-        weight: Tensor = torch.ops.auto_gptq.dequantize(
-            *self._packed(), self.bits, self.zero_offset, self.scales.dtype
-        )
-        return weight
+        return self.dequantize(self.scales.dtype)
 
     @weight.setter
     def weight(self, value: object) -> None:
@@ -79,6 +76,13 @@ class QuantLinear(nn.Linear):
             "The weight of a quantized layer is derived from its packed integers and cannot be "
             "set. Use pack() to replace them."
         )
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Give the dense weight ``[N, K]``, computed in fp32 and rounded once."""
+        weight: Tensor = torch.ops.auto_gptq.dequantize(
+            *self._packed(), self.bits, self.zero_offset, dtype
+        )
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``x [..., K]``, in any float dtype, to ``[..., N]`` in the same dtype."""
