@@ -1,16 +1,16 @@
 """Every error this package raises on purpose.
 
     AutoGPTQError
-    ├── ConfigError              a setting that cannot work                        (ValueError)
-    ├── ExamplesError            calibration examples of the wrong form            (ValueError)
-    │   └── ExampleKeyError      an example lacks a key                            (KeyError)
-    ├── CheckpointError          a file or tensor is damaged or does not fit       (ValueError)
-    │   └── MissingFileError     no file under any of the names tried              (FileNotFoundError)
-    ├── UnsupportedModelError    nothing is known about this kind of model         (TypeError)
-    ├── ModuleShapeError         a linear's shape cannot be packed                 (ValueError)
-    ├── NumericsError            NaN or infinity where numbers were expected       (ArithmeticError)
-    ├── QuantizedStateError      quantizing twice, saving what was never quantized (OSError)
-    └── DerivedWeightError       writing into a quantized layer's derived weight   (RuntimeError)
+    ├── ConfigError              a setting that cannot work                    (ValueError)
+    ├── ExamplesError            calibration examples of the wrong form        (ValueError)
+    │   └── ExampleKeyError      an example lacks a key                        (KeyError)
+    ├── CheckpointError          a file or tensor is damaged or does not fit   (ValueError)
+    │   └── MissingFileError     no file under any of the names tried          (FileNotFoundError)
+    ├── UnsupportedModelError    nothing is known about this kind of model     (TypeError)
+    ├── ModuleShapeError         a linear's shape cannot be packed             (ValueError)
+    ├── NumericsError            NaN or infinity where numbers were expected   (ArithmeticError)
+    ├── QuantizedStateError      quantizing twice, saving what is not packed   (OSError)
+    └── DerivedWeightError       writing into a quantized layer's weight       (RuntimeError)
 
 Each also is the built-in class that AutoGPTQ raised in its place, so an old ``except ValueError``
 keeps working.  A message says what is wrong, with the numbers, and what to do.

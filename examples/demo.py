@@ -68,7 +68,9 @@ def main() -> None:
     print(f"{'MB on disk':24}{size_on_disk(full) / 1e6:12.1f}{size_on_disk(packed) / 1e6:12.1f}")
     print(f"{'seconds to quantize':24}{'':12}{seconds:12.1f}")
     print(f"\nfloat16: {text_before}\n\n4 bit:   {text_after}")
-    print(f"\nThe quantized model is in {packed}, the error per layer in {options.folder}/errors.png")
+    print(
+        f"\nThe quantized model is in {packed}, the error per layer in {options.folder}/errors.png"
+    )
 
 
 if __name__ == "__main__":

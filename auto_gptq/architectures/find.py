@@ -6,9 +6,7 @@ from ..errors import UnsupportedModelError
 from .architecture import Architecture
 from .table import ARCHITECTURES
 
-_BY_MODEL_TYPE = {
-    model_type: row for row in ARCHITECTURES for model_type in row.block_classes
-}
+_BY_MODEL_TYPE = {model_type: row for row in ARCHITECTURES for model_type in row.block_classes}
 
 
 def model_types() -> list[str]:

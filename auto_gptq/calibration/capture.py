@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ class Captured:
     keep: list[Tensor | None]  # per batch: [B, T] bool, False where padded; None if nowhere
 
 
-class _LastBlockReached(Exception):  # noqa: N818 (not an error)
+class _LastBlockReached(Exception):
     """Ends a forward pass after the last block's call was noted."""
 
 
@@ -53,14 +53,8 @@ def capture(model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Bat
     with _recording(blocks, result):
         for batch in batches:
             mask = batch.attention_mask.to(device)
-            try:
-                model(
-                    input_ids=batch.input_ids.to(device),
-                    attention_mask=mask,
-                    use_cache=False,
-                )
-            except _LastBlockReached:
-                pass
+            with suppress(_LastBlockReached):
+                model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False)
             result.keep.append(None if bool(mask.all()) else mask.bool())
             if not torch.isfinite(result.hidden[-1]).all():
                 raise NumericsError(

@@ -48,31 +48,30 @@ class GridRule:
 
     def fit(
         self,
-        weight: Tensor,  # [N, n] one group of columns
-        importance: Tensor | None = None,  # [n] weight of each column's squared error
+        weight: Tensor,  # [n, N] one group of columns, held transposed
     ) -> Grid:
-        """Choose scale and zero point; the range always includes 0.
+        """Span the smallest and the largest weight, 0 included (GPTQ, section 4).
 
-        Without ``importance`` the grid spans the smallest and the largest weight (GPTQ, section 4;
-        symmetric: the largest absolute one).  With it, ranges from half to slightly more than that
-        are tried and each row keeps the one of least weighted squared error.  8-bit grids stay
-        min-max: nothing is gained there by cutting off large weights.
+        Symmetric: the largest absolute weight on either side.
         """
-        lowest = weight.amin(1).clamp(max=0)
-        highest = weight.amax(1).clamp(min=0)
-        best = self._span(lowest, highest)
-        if importance is None or self.bits == 8:
-            return best
-        scale, zero = best.scale, best.zero
-        least = _weighted_error(weight, best, importance)
-        for factor in _RANGE_FACTORS:
-            tried = self._span(lowest * factor, highest * factor)
-            error = _weighted_error(weight, tried, importance)
-            better = error < least
-            least = torch.where(better, error, least)
-            scale = torch.where(better, tried.scale, scale)
-            zero = torch.where(better, tried.zero, zero)
-        return Grid(scale, zero, self.maxq)
+        return self._span(*_range(weight))
+
+    def candidates(
+        self,
+        weight: Tensor,  # [n, N]
+    ) -> Grid:  # scale, zero: [F, N]
+        """Give the min-max grid first, then grids of half to slightly more than its range.
+
+        8-bit grids stay min-max: nothing is gained there by cutting off large weights.
+        """
+        lowest, highest = _range(weight)
+        factors = (1.0,) if self.bits == 8 else (1.0, *_RANGE_FACTORS)
+        grids = [self._span(lowest * factor, highest * factor) for factor in factors]
+        return Grid(
+            torch.stack([grid.scale for grid in grids]),
+            torch.stack([grid.zero for grid in grids]),
+            self.maxq,
+        )
 
     def _span(self, lowest: Tensor, highest: Tensor) -> Grid:
         """Lay the codes over a range that includes 0."""
@@ -93,6 +92,5 @@ class GridRule:
         return scale.to(self.scale_dtype).to(torch.float32)
 
 
-def _weighted_error(weight: Tensor, grid: Grid, importance: Tensor) -> Tensor:  # [N]
-    wide = Grid(grid.scale.unsqueeze(1), grid.zero.unsqueeze(1), grid.maxq)
-    return (weight - wide.from_codes(wide.to_codes(weight))).square() @ importance
+def _range(weight: Tensor) -> tuple[Tensor, Tensor]:
+    return weight.amin(0).clamp(max=0), weight.amax(0).clamp(min=0)

@@ -18,8 +18,8 @@ _PACKED = "Tensor qweight, Tensor qzeros, Tensor scales, Tensor g_idx"
 _library = torch.library.Library("auto_gptq", "DEF")
 
 
-def _define(name: str, arguments: str, implementation: Any) -> None:
-    _library.define(f"{name}({arguments}) -> Tensor")
+def _define(name: str, arguments: str, implementation: Any, result: str = "Tensor") -> None:
+    _library.define(f"{name}({arguments}) -> {result}")
     _library.impl(name, implementation, "CompositeExplicitAutograd")
 
 
@@ -80,3 +80,30 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd(
     "auto_gptq::q_linear", _backward, setup_context=_keep_for_backward, lib=_library
 )
+
+
+_define(
+    "solve_columns",
+    "Tensor(a!) weight, Tensor inverse, Tensor scales, Tensor zeros, Tensor group, int maxq",
+    reference.solve_columns,
+    "(Tensor codes, Tensor errors)",
+)
+
+
+@torch.library.register_fake("auto_gptq::solve_columns", lib=_library)
+def _(
+    weight: Tensor, inverse: Tensor, scales: Tensor, zeros: Tensor, group: Tensor, maxq: int
+) -> tuple[Tensor, Tensor]:
+    return weight.new_empty(weight.shape, dtype=torch.uint8), weight.new_empty(weight.shape)
+
+
+_define(
+    "choose_grid",
+    "Tensor weight, Tensor importance, Tensor scales, Tensor zeros, int maxq",
+    reference.choose_grid,
+)
+
+
+@torch.library.register_fake("auto_gptq::choose_grid", lib=_library)
+def _(weight: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, maxq: int) -> Tensor:
+    return weight.new_empty(weight.shape[1], dtype=torch.int64)

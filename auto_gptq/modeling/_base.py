@@ -104,7 +104,7 @@ class BaseGPTQForCausalLM(nn.Module):
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """Call the wrapped model's method of that name."""
-        return self.model.prepare_inputs_for_generation(*args, **kwargs)
+        return self.model.prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[operator]
 
     def quantize(
         self,
@@ -257,7 +257,7 @@ class BaseGPTQForCausalLM(nn.Module):
 
     def _set_seqlen(self) -> None:
         lengths = (getattr(self.config, key, None) for key in _SEQLEN_KEYS)
-        self.model.seqlen = next((length for length in lengths if length), 4096)
+        self.model.__dict__["seqlen"] = next((length for length in lengths if length), 4096)
 
     def _pad_token_id(self) -> int:
         """Any id will do, since padding is masked everywhere."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..architectures import find
 from ..quantization.config import BaseQuantizeConfig
 from . import _const, load
 from ._base import BaseGPTQForCausalLM
-from ..architectures import find
 
 
 class AutoGPTQForCausalLM:

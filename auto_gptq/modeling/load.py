@@ -33,7 +33,8 @@ def load_dense(
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         source, dtype=torch_dtype, trust_remote_code=trust_remote_code, **kwargs
     )
-    return model.eval()
+    model.eval()
+    return model
 
 
 def load_config(source: str | Path, trust_remote_code: bool, **kwargs: Any) -> PretrainedConfig:
@@ -93,7 +94,8 @@ def load_packed(
     for name, layer in model.named_modules():
         if isinstance(layer, QuantLinear):
             layer.check(name)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _skeleton(

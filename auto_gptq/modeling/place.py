@@ -33,7 +33,7 @@ def place(
         if device is None:
             device = "cuda:0" if torch.cuda.is_available() else "cpu"
         nn.Module.to(model, torch.device(device))
-        model.hf_device_map = {"": device}
+        model.__dict__["hf_device_map"] = {"": device}
         return
     from accelerate import dispatch_model, infer_auto_device_map
     from accelerate.utils import get_balanced_memory
@@ -53,4 +53,4 @@ def place(
         )
     # The packed weights are buffers: without this they would stay on the device after each use.
     dispatch_model(model, device_map, offload_buffers=True)
-    model.hf_device_map = device_map
+    model.__dict__["hf_device_map"] = device_map

@@ -93,5 +93,3 @@ def _metadata(
         "gptq_checkpoint_format": config.checkpoint_format,
         "gptq_quant_method": config.quant_method,
     }
-
-

@@ -78,5 +78,5 @@ def _dense(layer: QuantLinear, dtype: torch.dtype) -> nn.Linear:
     dense = nn.Linear(layer.in_features, layer.out_features, device="meta", dtype=dtype)
     dense.weight = nn.Parameter(layer.dequantize(dtype))
     bias = layer.bias
-    dense.bias = None if bias is None else nn.Parameter(bias.to(dtype))  # type: ignore[assignment]
+    dense.bias = None if bias is None else nn.Parameter(bias.to(dtype))
     return dense

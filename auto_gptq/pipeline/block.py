@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,7 +115,7 @@ def _solve_together(
         row = rows.stop
 
 
-class _AllSeen(Exception):  # noqa: N818 (not an error)
+class _AllSeen(Exception):
     """Ends a block's forward pass once every hooked linear has been reached."""
 
 
@@ -153,10 +153,8 @@ class _Collector:
 
     def run(self, block: nn.Module, hidden: Tensor, call: BlockCall) -> None:
         self._waiting = set(self.seen)
-        try:
+        with suppress(_AllSeen):
             run_block(block, hidden, call)
-        except _AllSeen:
-            pass
         self._is_first = False
         self._inputs.clear()
 

@@ -20,7 +20,7 @@ def execution_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
     CPUs multiply 16-bit numbers several times slower than 32-bit ones.
     """
-    return torch.float32 if device.type == "cpu" and dtype.itemsize < 4 else dtype  # noqa: PLR2004
+    return torch.float32 if device.type == "cpu" and dtype.itemsize < 4 else dtype
 
 
 @contextmanager

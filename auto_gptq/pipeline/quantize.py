@@ -81,6 +81,7 @@ def solver_options(config: BaseQuantizeConfig) -> SolverOptions:
         damp_percent=config.damp_percent,
         act_order=config.desc_act,
         static_groups=config.static_groups,
+        scale_search=config.scale_search,
     )
 
 

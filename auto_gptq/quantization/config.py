@@ -19,7 +19,7 @@ QUANT_METHOD_FIELD = "quant_method"
 QUANT_CONFIG_FILENAME = "quantize_config.json"
 
 
-class CHECKPOINT_FORMAT:  # noqa: N801 (AutoGPTQ's name)
+class CHECKPOINT_FORMAT:
     """Names of the tensor layouts in a checkpoint."""
 
     GPTQ = "gptq"
@@ -28,7 +28,7 @@ class CHECKPOINT_FORMAT:  # noqa: N801 (AutoGPTQ's name)
     AWQ_GEMM = "gemm"
 
 
-class QUANT_METHOD:  # noqa: N801 (AutoGPTQ's name)
+class QUANT_METHOD:
     """Names of the quantization methods."""
 
     GPTQ = "gptq"
@@ -68,6 +68,7 @@ class BaseQuantizeConfig:
     :param checkpoint_format: layout of the tensors on disk
     :param model_name_or_path: where the quantized model came from or was saved to
     :param model_file_base_name: file name of the weights without its extension
+    :param scale_search: choose the scales by the error they cause; False for AutoGPTQ's min-max
     :raises ConfigError: (a ValueError) if a value cannot work
     """
 
@@ -82,6 +83,7 @@ class BaseQuantizeConfig:
     checkpoint_format: str = CHECKPOINT_FORMAT.GPTQ
     model_name_or_path: str | None = None
     model_file_base_name: str | None = None
+    scale_search: bool = True
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4, 8):
@@ -98,7 +100,8 @@ class BaseQuantizeConfig:
         formats = QUANT_METHOD_FORMAT_MAPPING.get(self.quant_method)
         if formats is None:
             raise ConfigError(
-                f"quant_method is {self.quant_method!r}; known: {sorted(QUANT_METHOD_FORMAT_MAPPING)}."
+                f"quant_method is {self.quant_method!r}; "
+                f"known: {sorted(QUANT_METHOD_FORMAT_MAPPING)}."
             )
         if self.checkpoint_format not in formats:
             raise ConfigError(
@@ -107,8 +110,13 @@ class BaseQuantizeConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the settings as AutoGPTQ's JSON object, keys in its order."""
+        """Give the settings as AutoGPTQ's JSON object, keys in its order.
+
+        Settings that AutoGPTQ did not have are left out while they have their defaults.
+        """
         fields = asdict(self)
+        if self.scale_search:
+            del fields["scale_search"]
         at_the_end = (QUANT_METHOD_FIELD, CHECKPOINT_FORMAT_FIELD)
         return {k: v for k, v in fields.items() if k not in at_the_end} | {
             k: fields[k] for k in at_the_end
@@ -135,7 +143,9 @@ class BaseQuantizeConfig:
             settings["desc_act"] = False
         if "sym" not in settings:
             logger.warning("The quantization config does not say `sym`; taking symmetric.")
-        unknown = sorted(set(given) - set(cls.__dataclass_fields__) - {"version", "is_marlin_format"})
+        unknown = sorted(
+            set(given) - set(cls.__dataclass_fields__) - {"version", "is_marlin_format"}
+        )
         if unknown:
             logger.info("Ignoring quantization settings that are not known here: %s", unknown)
         return cls(**settings)
@@ -151,16 +161,16 @@ class BaseQuantizeConfig:
             path = hub.find_file(save_dir, name, **kwargs)
             if path is None:
                 continue
-            content = _read_json(path)
-            if name == "config.json":
+            content: dict[str, Any] | None = _read_json(path)
+            if content is not None and name == "config.json":
                 content = content.get("quantization_config")
-                if content is None:
-                    continue
+            if content is None:
+                continue
             return cls.from_quant_config(content, checkpoint_format)
         raise MissingFileError(
             f"{save_dir} holds no quantization configuration: none of quantize_config.json, "
-            "quant_config.json or a config.json with `quantization_config`. Is it a quantized model? "
-            "If so, pass quantize_config=BaseQuantizeConfig(...) with its settings."
+            "quant_config.json or a config.json with `quantization_config`. If it is a quantized "
+            "model, pass quantize_config=BaseQuantizeConfig(...) with its settings."
         )
 
 
@@ -196,7 +206,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}). Download or write it again.") from None
+        raise ConfigError(
+            f"{path} is not valid JSON ({error}). Download or write it again."
+        ) from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds a {type(content).__name__}, not a JSON object.")
     return content

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericsError
-from ..formats.grid import Grid, GridRule
 from ..formats.gptq import trivial_g_idx
+from ..formats.grid import Grid, GridRule
+from ..kernels import native, ops
 from .hessian import factorize
 
 # Columns treated one by one before their common error goes to the others in one matrix product.
-_LEAF = 16
+_LEAF = 64
 # Columns whose groups are fitted together (the block size of the paper's implementation).
 _BATCH = 128
 
@@ -71,6 +72,7 @@ def solve(
 
     :raises NumericsError: if the weight or the Hessian holds NaN or infinity
     """
+    native.load()
     rule = options.rule
     columns = weight.shape[1]
     target = weight.to(torch.float32)
@@ -88,11 +90,11 @@ def solve(
     if options.static_groups or options.group_size in (-1, columns):
         back = torch.argsort(order)
         importance = None if sweep.importance is None else sweep.importance[back]
-        sweep.grids = _fit_groups(target, options.group_size, rule, importance)
-        sweep.group_at = group[order].tolist()
+        sweep.take(_fit_groups(target.t().contiguous(), options.group_size, rule, importance))
+        sweep.group_at = group.to(torch.long)[order]
         sweep.run(0, columns)
     else:
-        sweep.group_at = group.tolist()
+        sweep.group_at = group.to(torch.long)
         sweep.run_by_groups(columns, options.group_size)
         group = torch.empty_like(group).index_copy_(0, order, group)
 
@@ -100,8 +102,8 @@ def solve(
     codes[order] = sweep.codes
     return Solution(
         codes=codes.t().contiguous(),
-        scales=torch.stack([grid.scale for grid in sweep.grids], 1),
-        zeros=torch.stack([grid.zero for grid in sweep.grids], 1).to(torch.int32),
+        scales=sweep.scales.t().contiguous(),
+        zeros=sweep.zeros.t().to(torch.int32).contiguous(),
         g_idx=group,
         loss=sweep.loss,
         damp_percent=factor.damp_percent,
@@ -115,17 +117,15 @@ def round_to_nearest(
 ) -> Solution:
     """Quantize without looking at activations: the baseline every solver has to beat."""
     target = weight.to(torch.float32)
-    grids = _fit_groups(target, options.group_size, options.rule)
+    grid = _fit_groups(target.t(), options.group_size, options.rule)
     g_idx = trivial_g_idx(weight.shape[1], options.group_size, weight.device)
-    scales = torch.stack([grid.scale for grid in grids], 1)
-    zeros = torch.stack([grid.zero for grid in grids], 1)
-    grid = Grid(scales[:, g_idx], zeros[:, g_idx], options.rule.maxq)
-    codes = grid.to_codes(target)
-    error = target - grid.from_codes(codes)
+    wide = Grid(grid.scale[g_idx].t(), grid.zero[g_idx].t(), options.rule.maxq)
+    codes = wide.to_codes(target)
+    error = target - wide.from_codes(codes)
     return Solution(
         codes.to(torch.uint8),
-        scales,
-        zeros.to(torch.int32),
+        grid.scale.t().contiguous(),
+        grid.zero.t().to(torch.int32).contiguous(),
         g_idx,
         ((error @ hessian) * error).sum(1),
         damp_percent=0.0,
@@ -150,18 +150,30 @@ def _processing_order(hessian: Tensor, act_order: bool) -> Tensor:
 
 
 def _fit_groups(
-    weight: Tensor,  # [N, K]
+    weight: Tensor,  # [K, N], held transposed
     group_size: int,
     rule: GridRule,
-    importance: Tensor | None = None,  # [K]
-) -> list[Grid]:
+    importance: Tensor | None = None,  # [K]; None for min-max grids
+) -> Grid:  # scale, zero: [G, N]
     """Fit every contiguous group; the last one may be short."""
-    columns = weight.shape[1]
-    size = columns if group_size == -1 else group_size
-    groups = [slice(start, start + size) for start in range(0, columns, size)]
+    size = len(weight) if group_size == -1 else group_size
+    parts = [slice(start, start + size) for start in range(0, len(weight), size)]
     if importance is None:
-        return [rule.fit(weight[:, group]) for group in groups]
-    return [rule.fit(weight[:, group], importance[group]) for group in groups]
+        grids = [rule.fit(weight[part]) for part in parts]
+    else:
+        grids = [_best_grid(weight[part], rule, importance[part]) for part in parts]
+    return Grid(
+        torch.stack([grid.scale for grid in grids]),
+        torch.stack([grid.zero for grid in grids]),
+        rule.maxq,
+    )
+
+
+def _best_grid(weight: Tensor, rule: GridRule, importance: Tensor) -> Grid:
+    tried = rule.candidates(weight)
+    best = torch.ops.auto_gptq.choose_grid(weight, importance, tried.scale, tried.zero, rule.maxq)
+    rows = best.unsqueeze(0)
+    return Grid(tried.scale.gather(0, rows)[0], tried.zero.gather(0, rows)[0], rule.maxq)
 
 
 class _Sweep:
@@ -172,10 +184,16 @@ class _Sweep:
         self.inverse = inverse  # [K, K] upper triangular
         self.rule = rule
         self.importance: Tensor | None = None  # [K] for the choice of scales; None: min-max
-        self.grids: list[Grid] = []  # one per group
-        self.group_at: list[int] = []  # [K] the group of each position
+        self.scales = weight.new_empty(0, weight.shape[1])  # [G, N] of the groups met so far
+        self.zeros = weight.new_empty(0, weight.shape[1])
+        self.group_at: Tensor  # [K] int64, the group of each position
         self.codes = torch.empty_like(weight, dtype=torch.uint8)
         self.loss = weight.new_zeros(weight.shape[1])
+
+    def take(self, grid: Grid) -> None:
+        """Add the grids [G, N] of the next groups."""
+        self.scales = torch.cat([self.scales, grid.scale])
+        self.zeros = torch.cat([self.zeros, grid.zero])
 
     def run_by_groups(self, columns: int, group_size: int) -> None:
         """Process all columns, fitting groups to the updated weights on the way.
@@ -196,7 +214,7 @@ class _Sweep:
         if length <= batch and group_size:
             ahead = slice(start, stop)
             importance = None if self.importance is None else self.importance[ahead]
-            self.grids += _fit_groups(self.weight[ahead].t(), group_size, self.rule, importance)
+            self.take(_fit_groups(self.weight[ahead], group_size, self.rule, importance))
             batch, group_size = 1, 0
         if length <= _LEAF and not group_size:
             return self._columns(start, stop)
@@ -206,15 +224,19 @@ class _Sweep:
         return torch.cat([left, self.run(middle, stop, batch, group_size)])
 
     def _columns(self, start: int, stop: int) -> Tensor:
-        weight = self.weight[start:stop]
-        inverse = self.inverse[start:stop, start:stop]
-        errors = torch.empty_like(weight)
-        diagonal = inverse.diagonal()
-        for i in range(stop - start):
-            grid = self.grids[self.group_at[start + i]]
-            codes = grid.to_codes(weight[i])
-            torch.div(weight[i] - grid.from_codes(codes), diagonal[i], out=errors[i])
-            weight[i + 1 :].addr_(inverse[i, i + 1 :], errors[i], alpha=-1)
-            self.codes[start + i] = codes
+        part = slice(start, stop)
+        codes, errors = torch.ops.auto_gptq.solve_columns(
+            self.weight[part],
+            self.inverse[part, part],
+            self.scales,
+            self.zeros,
+            self.group_at[part],
+            self.rule.maxq,
+        )
+        self.codes[part] = codes
         self.loss += errors.square().sum(0)
-        return errors
+        result: Tensor = errors
+        return result
+
+
+_ = ops  # importing it defines the operators

@@ -14,7 +14,7 @@ def _example(ids: Any, mask: Any = None) -> dict[str, Any]:
 
 FORMS: list[Callable[[list[int]], Any]] = [
     lambda ids: ids,
-    lambda ids: torch.tensor(ids),
+    torch.tensor,
     lambda ids: torch.tensor([ids]),
     lambda ids: torch.tensor([ids], dtype=torch.int32),
 ]
@@ -29,7 +29,9 @@ def test_every_form_of_one_example_gives_the_same_batch(form: Any) -> None:
 
 
 def test_batches_keep_the_order_and_pad_on_the_left() -> None:
-    batches = make_batches([_example([1, 2, 3]), _example([4]), _example([5, 6])], 2, pad_token_id=9)
+    batches = make_batches(
+        [_example([1, 2, 3]), _example([4]), _example([5, 6])], 2, pad_token_id=9
+    )
     assert batches[0].input_ids.tolist() == [[1, 2, 3], [9, 9, 4]]
     assert batches[0].attention_mask.tolist() == [[1, 1, 1], [0, 0, 1]]
     assert batches[1].input_ids.tolist() == [[5, 6]]
@@ -75,5 +77,3 @@ def test_a_missing_key_is_a_key_error_too() -> None:
 def test_batch_size_must_be_positive() -> None:
     with pytest.raises(ExamplesError, match="batch_size is 0"):
         make_batches([_example([1])], 0)
-
-

@@ -1,10 +1,10 @@
 import pytest
 import torch
-from tests.reference import plain_pack
 
 from auto_gptq.errors import ModuleShapeError
 from auto_gptq.formats.gptq import pack_layer, trivial_g_idx, unpack_codes, unpack_zeros
 from auto_gptq.formats.packing import pack, unpack
+from tests.reference import plain_pack
 
 ALL_BITS = pytest.mark.parametrize("bits", [2, 3, 4, 8])
 
@@ -29,9 +29,9 @@ def test_all_ones_do_not_spill_into_neighbours(bits: int) -> None:
 
 
 def test_packing_refuses_a_length_that_fills_no_whole_words() -> None:
-    with pytest.raises(ModuleShapeError, match="33 codes of 4 bits.*multiple of 32"):
+    with pytest.raises(ModuleShapeError, match=r"33 codes of 4 bits.*multiple of 32"):
         pack(torch.zeros(33, 2, dtype=torch.int32), 4)
-    with pytest.raises(ModuleShapeError, match="4 words.*multiple of 3"):
+    with pytest.raises(ModuleShapeError, match=r"4 words.*multiple of 3"):
         unpack(torch.zeros(4, 2, dtype=torch.int32), 3)
 
 

@@ -1,4 +1,4 @@
-"""What goes wrong says what is wrong, before anything is changed, and leaves nothing half-written."""
+"""Bad input: a message that names it, before anything is changed, and nothing half-written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.tiny import tiny_examples, tiny_model
 
 from auto_gptq import AutoGPTQForCausalLM, BaseQuantizeConfig
 from auto_gptq.checkpoint import writer
@@ -24,6 +23,7 @@ from auto_gptq.errors import (
     UnsupportedModelError,
 )
 from auto_gptq.modeling import BaseGPTQForCausalLM
+from tests.tiny import tiny_examples, tiny_model
 
 WEIGHTS = "gptq_model-4bit-32g.safetensors"
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -132,7 +132,7 @@ def test_a_missing_weight_file_lists_the_names_tried(broken: Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"{WEIGHTS}, .*, model.safetensors") as caught:
         _load(broken)
     assert isinstance(caught.value, MissingFileError)
-    with pytest.raises(FileNotFoundError, match="other.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"other\.safetensors"):
         _load(broken, model_basename="other")
 
 
@@ -165,7 +165,9 @@ def test_a_truncated_file_is_named(broken: Path, kept: int) -> None:
 
 
 def test_missing_tensors_are_named(broken: Path) -> None:
-    _edit(broken, lambda tensors: [tensors.pop(f"{LAYER}.scales"), tensors.pop("model.norm.weight")])
+    _edit(
+        broken, lambda tensors: [tensors.pop(f"{LAYER}.scales"), tensors.pop("model.norm.weight")]
+    )
     with pytest.raises(CheckpointError, match=r"lacks 2 tensors: .*q_proj\.scales.*model\.norm"):
         _load(broken)
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tests.tiny import TINY, tiny_examples, tiny_model
 
 from auto_gptq import AutoGPTQForCausalLM, BaseQuantizeConfig
 from auto_gptq.errors import QuantizedStateError
 from auto_gptq.modeling import BaseGPTQForCausalLM
 from auto_gptq.nn_modules.qlinear import QuantLinear
 from auto_gptq.nn_modules.surgery import dequantize
+from tests.tiny import TINY, tiny_examples, tiny_model
 
 
 def _quantized(model_type: str = "llama", **settings: Any) -> BaseGPTQForCausalLM:

@@ -2,7 +2,6 @@ import dataclasses
 
 import pytest
 import torch
-from tests.reference import plain_gptq
 
 from auto_gptq.errors import NumericsError
 from auto_gptq.formats.grid import GridRule
@@ -13,6 +12,7 @@ from auto_gptq.quantization.solver import (
     solve,
     squared_error,
 )
+from tests.reference import plain_gptq
 
 
 def _layer(rows: int = 24, columns: int = 160) -> tuple[torch.Tensor, torch.Tensor]:

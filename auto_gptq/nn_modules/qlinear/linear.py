@@ -51,7 +51,8 @@ class QuantLinear(nn.Linear):
         groups = group_count(infeatures, self.group_size)
         words = bits, CODES_PER_STREAM
         self.register_buffer(
-            "qweight", torch.zeros(infeatures // words[1] * words[0], outfeatures, dtype=torch.int32)
+            "qweight",
+            torch.zeros(infeatures // words[1] * words[0], outfeatures, dtype=torch.int32),
         )
         self.register_buffer(
             "qzeros", torch.zeros(groups, outfeatures // words[1] * words[0], dtype=torch.int32)
@@ -66,7 +67,7 @@ class QuantLinear(nn.Linear):
         native.load()
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]  # a Parameter in nn.Linear
+    def weight(self) -> Tensor:  # a Parameter in nn.Linear
         """The dense weight ``[N, K]``, dequantized anew at each access."""
         return self.dequantize(self.scales.dtype)
 
@@ -140,7 +141,7 @@ class QuantLinear(nn.Linear):
                 )
             setattr(self, name, new)
         if self.bias is not None and bias is not None:
-            self.bias = bias.detach().to(self.scales.dtype).clone()
+            self._buffers["bias"] = bias.detach().to(self.scales.dtype).clone()
 
     @property
     def checkpoint_format(self) -> str:
@@ -160,7 +161,9 @@ class QuantLinear(nn.Linear):
                 f"{self.scales.shape[0]} groups (0 to {self.scales.shape[0] - 1})."
             )
         if not torch.isfinite(self.scales).all():
-            raise CheckpointError(f"{name}.scales holds NaN or infinity; the checkpoint is damaged.")
+            raise CheckpointError(
+                f"{name}.scales holds NaN or infinity; the checkpoint is damaged."
+            )
 
     def extra_repr(self) -> str:
         """Say the shape and the settings, as ``repr`` of a layer does."""
@@ -175,7 +178,7 @@ class QuantLinear(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """Move with the model, but keep the dtype of the scales: half() must not round them."""
         scales = self.scales
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.scales.dtype != scales.dtype:
             self.scales = scales.to(self.scales.device)
         return self
@@ -200,7 +203,7 @@ def check_shape(name: str, in_features: int, out_features: int, group_size: int)
 
 def dense_weight(linear: nn.Module) -> Tensor:
     """Give the weight of a Linear or Conv1D as ``[out_features, in_features]``."""
-    weight: Tensor = linear.weight.detach()  # type: ignore[union-attr, assignment, operator]
+    weight: Tensor = linear.weight.detach()  # type: ignore[operator]
     # GPT-2's Conv1D keeps [in, out]; it has `nf` where a Linear has `out_features`.
     return weight.t() if hasattr(linear, "nf") else weight
 

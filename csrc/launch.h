@@ -1,0 +1,117 @@
+// Every function that bindings.cpp may call.  No torch here: the kernels compile in seconds, and a
+// plain main() or ctypes can call them.
+//
+// Letters: M rows of activations, K input channels, N output channels, G groups.  K and N are
+// multiples of 32; a run of 32 codes along K is called a stream, so there are K / 32 of them.
+#pragma once
+
+#include <cstdint>
+
+#define AUTO_GPTQ_API extern "C" __attribute__((visibility("default")))
+
+namespace auto_gptq {
+
+enum DataType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+
+// One packed weight, all buffers contiguous: W[n, k] = (code[k, n] - zero[g, n]) * scale[g, n] with
+// g = g_idx[k] and zero = (stored + zero_offset) modulo 2^bits.
+struct Packed {
+  const int32_t* qweight;       // [K / 32 * bits, N] codes packed along K
+  const int32_t* qzeros;        // [G, N / 32 * bits] zeros packed along N
+  const void* scales;           // [G, N] of scale_type
+  const int32_t* g_idx;         // [K] every value in [0, G)
+  const int32_t* stream_group;  // [K / 32] from auto_gptq_cpu_classify_streams
+  int64_t k;
+  int64_t n;
+  int64_t groups;       // G
+  int32_t bits;         // 2, 3, 4 or 8
+  int32_t zero_offset;  // 1 for the format "gptq", 0 for "gptq_v2"
+  DataType scale_type;
+};
+
+// Candidate grids for a group of columns, held transposed: [B, N], B columns.
+struct Choice {
+  const float* weight;      // [B, N]
+  const float* importance;  // [B] weight of each column's squared error
+  const float* scales;      // [F, N]
+  const float* zeros;       // [F, N] whole numbers
+  int64_t* best;            // out [N]: index of the first grid of least error
+  int64_t columns;          // B
+  int64_t candidates;       // F
+  int64_t n;                // N
+  int64_t weight_stride;    // from one column of the weight to the next, in elements
+  int32_t maxq;             // the largest code
+};
+
+// A block of columns of a weight that is being quantized, held transposed: [B, N], B columns.
+struct Block {
+  float* weight;         // in and out [B, N]: each column's error is taken out of the later ones
+  const float* inverse;  // [B, B] upper triangular factor of the inverse Hessian
+  const float* scales;   // [G, N] of every group
+  const float* zeros;    // [G, N] whole numbers
+  const int64_t* group;  // [B] the group of each column
+  uint8_t* codes;        // out [B, N]
+  float* errors;         // out [B, N]: rounding errors, divided by the factor's diagonal
+  int64_t columns;       // B
+  int64_t n;             // N
+  int64_t weight_stride;   // from one column of the weight to the next, in elements
+  int64_t inverse_stride;  // from one row of the factor to the next
+  int32_t maxq;            // the largest code
+};
+
+}  // namespace auto_gptq
+
+// The widest instruction set that both this machine and this build have.
+AUTO_GPTQ_API auto_gptq::Isa auto_gptq_cpu_best_isa();
+
+// Find the streams whose 32 codes share one group.  Returns -1, or the first k whose group is
+// outside [0, G), in which case nothing else may be called with this g_idx.
+AUTO_GPTQ_API int64_t auto_gptq_cpu_classify_streams(
+    const int32_t* g_idx,    // [K]
+    int64_t k,               // K
+    int64_t groups,          // G
+    int32_t* stream_group);  // out [K / 32]: the group, or -1 where a stream mixes groups
+
+// Write rows [n_begin, n_end) of the dense weight; both are multiples of 32.
+AUTO_GPTQ_API void auto_gptq_cpu_dequantize(const auto_gptq::Packed* packed,
+                                            int64_t n_begin,
+                                            int64_t n_end,
+                                            void* weight,  // out [n_end - n_begin, K] of type
+                                            auto_gptq::DataType type,
+                                            auto_gptq::Isa isa);
+
+// Bring activations into the form that auto_gptq_cpu_q_linear reads.
+AUTO_GPTQ_API void auto_gptq_cpu_prepare_activations(
+    const float* x,  // [M, K]
+    int64_t m,       // M
+    int64_t k,       // K
+    int32_t bits,
+    float* scaled,  // out [M, K]: x / 2^(position of the code's field in its word), see packed.h
+    float* sums);   // out [M, K / 32]: sum of x over each stream
+
+// Write columns [n_begin, n_end) of y = x W^T + bias; both are multiples of 32.
+AUTO_GPTQ_API void auto_gptq_cpu_q_linear(
+    const auto_gptq::Packed* packed,
+    const float* x,       // [M, K]
+    const float* scaled,  // [M, K] from auto_gptq_cpu_prepare_activations
+    const float* sums,    // [M, K / 32] from auto_gptq_cpu_prepare_activations
+    int64_t m,            // M
+    const float* bias,    // [N] or null
+    float* y,             // out [M, N], only the columns of the range are touched
+    int64_t n_begin,
+    int64_t n_end,
+    auto_gptq::Isa isa);
+
+// Choose a grid for each of the outputs [n_begin, n_end).
+AUTO_GPTQ_API void auto_gptq_cpu_choose_grid(const auto_gptq::Choice* choice,
+                                             int64_t n_begin,
+                                             int64_t n_end,
+                                             auto_gptq::Isa isa);
+
+// Quantize all columns of a block for the outputs [n_begin, n_end).
+AUTO_GPTQ_API void auto_gptq_cpu_solve_columns(const auto_gptq::Block* block,
+                                               int64_t n_begin,
+                                               int64_t n_end,
+                                               auto_gptq::Isa isa);

@@ -1,0 +1,104 @@
+"""Build auto_gptq/_native.so out of csrc/; all metadata is in pyproject.toml.
+
+The library needs g++ and the headers of torch >= 2.10 at build time.  Without them, or under pip's
+build isolation, which has no torch, the package is built as pure Python and runs on plain torch.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import logging
+import re
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+STABLE_ABI = (2, 10)  # the first torch whose stable ABI has all that bindings.cpp uses
+SOURCES = ["csrc/bindings.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
+HEADERS = ["csrc/launch.h", "csrc/packed.h"]
+
+
+def find_torch() -> Path | None:
+    """Find torch's directory without importing it; None if it is absent or too old."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    release = re.match(r"(\d+)\.(\d+)", importlib.metadata.version("torch"))
+    if release is None or tuple(map(int, release.groups())) < STABLE_ABI:
+        return None
+    directory = Path(spec.origin).parent
+    return directory if (directory / "include/torch/csrc/stable/library.h").is_file() else None
+
+
+def why_not() -> str | None:
+    """Say why the library cannot be built here; None if it can."""
+    if sys.platform != "linux":
+        return f"the native library is built on Linux only, this is {sys.platform}"
+    compiler = (sysconfig.get_config_var("CXX") or "c++").split()[0]
+    if shutil.which(compiler) is None:
+        return f"there is no C++ compiler ({compiler})"
+    if find_torch() is None:
+        return "there are no headers of torch >= {}.{}".format(*STABLE_ABI)
+    return None
+
+
+def native_library() -> Extension:
+    """Describe the library: torch is linked by name only, without a path to this machine's copy."""
+    torch = find_torch()
+    assert torch is not None
+    target = (STABLE_ABI[0] << 56) | (STABLE_ABI[1] << 48)
+    return Extension(
+        "auto_gptq._native",
+        SOURCES,
+        depends=HEADERS,
+        include_dirs=["csrc"],
+        library_dirs=[str(torch / "lib")],
+        libraries=["torch_cpu"],
+        define_macros=[("TORCH_TARGET_VERSION", f"0x{target:016x}")],
+        extra_compile_args=[
+            *("-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast"),
+            "-Wno-psabi",  # vectors are only passed between functions that get inlined
+            # -isystem keeps the warnings of torch's own headers out of the build's output.
+            *("-isystem", str(torch / "include")),
+        ],
+        language="c++",
+    )
+
+
+class BuildNative(build_ext):
+    """Name the file without the ABI tag of one Python: it does not use Python's C API."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split("."))) + ".so"
+
+
+class NativeWheel(bdist_wheel):
+    """Tag the wheel for every Python of one platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        python, abi, platform = super().get_tag()
+        return (python, abi, platform) if self.root_is_pure else ("py3", "none", platform)
+
+
+class PureBuild(build_py):
+    """Say in one line that the package comes without its library."""
+
+    def run(self) -> None:
+        super().run()
+        self.announce(f"auto-gptq is built as pure Python: {why_not()}.", level=logging.WARNING)
+
+
+if why_not() is None:
+    setup(
+        ext_modules=[native_library()],
+        cmdclass={"build_ext": BuildNative, "bdist_wheel": NativeWheel},
+    )
+else:
+    setup(cmdclass={"build_py": PureBuild})
