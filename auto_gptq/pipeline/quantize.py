@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from ..nn_modules.surgery import features, find_linears, quantized_from, replace
 from ..quantization.config import BaseQuantizeConfig
 from ..quantization.solver import SolverOptions
 from .block import Feed, Solved, propagate, solve_step
+from .one_pass import fits_one_pass, reading_groups, solve_in_one_pass
 from .placement import execution_device, execution_dtype, placed
 from .progress import Progress
 from .report import ModuleReport
@@ -112,18 +113,29 @@ def quantize_model(
             done: list[Solved] = []
             with placed(block, device, dtype):
                 try:
-                    for step in plan.steps[i]:
-                        linears = {n: block.get_submodule(n) for n in step}
-                        for solved in solve_step(block, linears, feed, options):
-                            done.append(solved)
-                            report.append(_entry(name, i, solved))
-                            progress.module_done(report[-1])
-                    if i + 1 < len(plan.blocks):
-                        propagate(block, feed)
+                    for solved in _solve_block(block, plan.steps[i], feed, options):
+                        done.append(solved)
+                        report.append(_entry(name, i, solved))
+                        progress.module_done(report[-1])
                 except NumericsError as error:
                     raise NumericsError(f"{name}: {error}") from error
             _pack(block, done, config)
     return report
+
+
+def _solve_block(
+    block: nn.Module, steps: list[list[str]], feed: Feed, options: SolverOptions
+) -> Iterator[Solved]:
+    """Solve a block, and replace the hidden states by its outputs."""
+    linears = {name: block.get_submodule(name) for step in steps for name in step}
+    if len(steps) > 1 and fits_one_pass(linears, feed):
+        groups = reading_groups(block, linears, feed.hidden[0], feed.calls[0])
+        if sum(map(len, groups)) == len(linears):  # all were reached, and none twice
+            yield from solve_in_one_pass(block, linears, groups, feed, options)
+            return
+    for step in steps:
+        yield from solve_step(block, {name: linears[name] for name in step}, feed, options)
+    propagate(block, feed)
 
 
 def _capture(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from auto_gptq.formats.gptq import pack_layer, trivial_g_idx
-from auto_gptq.formats.grid import GridRule
+from auto_gptq.formats.grid import Grid, GridRule
 from auto_gptq.kernels import native, ops, reference
 
 assert ops  # importing it defines the operators
@@ -32,7 +32,7 @@ def _packed(bits: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Te
 
 def _block(device: torch.device, columns: int = 40) -> dict[str, Any]:
     """Arguments of solve_columns; the factor is a part of a larger one, as in the solver."""
-    grid = GridRule(4).fit(torch.randn(columns, N))
+    grid = GridRule(4).span(-torch.rand(N), torch.rand(N))
     factor = torch.randn(128, 128).triu() * 0.1 + torch.eye(128)
     return {
         "weight": torch.randn(columns, N, device=device),
@@ -44,16 +44,18 @@ def _block(device: torch.device, columns: int = 40) -> dict[str, Any]:
     }
 
 
-def _choice(device: torch.device, bits: int = 3) -> dict[str, Any]:
-    weight = torch.randn(GROUP, N)
-    tried = GridRule(bits).candidates(weight)
-    return {
-        "weight": weight.to(device),
-        "importance": torch.rand(GROUP, device=device),
-        "scales": tried.scale.to(device),
-        "zeros": tried.zero.to(device),
-        "maxq": (1 << bits) - 1,
-    }
+def _groups(device: torch.device, rule: GridRule) -> tuple[Any, ...]:
+    """Arguments of fit_grids; the last group is short."""
+    return (
+        torch.randn(80, N, device=device),
+        torch.rand(80, device=device),
+        torch.tensor(rule.factors, device=device),
+        GROUP,
+        rule.bits,
+        rule.symmetric,
+        rule.lowest_zero,
+        rule.scale_dtype,
+    )
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -69,7 +71,7 @@ def test_opcheck_of_the_packed_products(bits: int, device: torch.device) -> None
 
 def test_opcheck_of_the_solver_steps(device: torch.device) -> None:
     native.load()
-    torch.library.opcheck(OPS.choose_grid, tuple(_choice(device).values()))
+    torch.library.opcheck(OPS.fit_grids, _groups(device, GridRule(4)))
     torch.library.opcheck(OPS.solve_columns, tuple(_block(device).values()))
 
 
@@ -87,14 +89,36 @@ def test_solve_columns_agrees_with_plain_torch(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_choose_grid_agrees_with_plain_torch(bits: int, device: torch.device) -> None:
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_fit_grids_agrees_with_plain_torch(
+    bits: int, symmetric: bool, dtype: torch.dtype, device: torch.device
+) -> None:
     native.load()
-    arguments = _choice(device, bits)
-    found = OPS.choose_grid(**arguments)
-    expected = reference.choose_grid(**arguments)
-    assert (found != expected).sum() <= 1
-    if bits < 8:
-        assert (found > 0).any()
+    arguments = _groups(device, GridRule(bits, symmetric, dtype))
+    scales, zeros = OPS.fit_grids(*arguments)
+    expected_scales, expected_zeros = reference.fit_grids(*arguments)
+    differing = (scales != expected_scales) | (zeros != expected_zeros)
+    assert differing.sum() <= 2  # two factors of nearly equal error
+    assert torch.equal(scales, scales.to(dtype).float())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_searched_ranges_never_have_a_larger_weighted_error(
+    bits: int, device: torch.device
+) -> None:
+    native.load()
+    arguments = _groups(device, GridRule(bits))
+    weight, importance = arguments[:2]
+
+    def error(factors: Tensor) -> Tensor:
+        found = OPS.fit_grids(*arguments[:2], factors, 80, *arguments[4:])
+        grid = Grid(*found, (1 << bits) - 1)
+        return importance @ (weight - grid.from_codes(grid.to_codes(weight))).square()
+
+    searched, min_max = error(arguments[2]), error(torch.ones(1, device=device))
+    assert (searched <= min_max * (1 + 1e-6)).all()
+    assert searched.sum() < min_max.sum()
 
 
 @pytest.mark.parametrize(
