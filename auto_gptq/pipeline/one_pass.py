@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.capture import BlockCall
+from ..errors import UnsupportedModelError
 from ..nn_modules.surgery import features
 from ..quantization.hessian import Hessian
 from ..quantization.solver import SolverOptions
@@ -77,6 +78,8 @@ def solve_in_one_pass(
     :raises NumericsError: naming the linears whose weights or inputs hold NaN or infinity
     """
     stops = {group[0]: (linears[group[0]], _stop_before(group[0])) for group in groups}
+    for group in groups:  # blocks of one class are taken to read alike; here that is checked
+        stops |= {name: (linears[name], _read_as(group[0], name)) for name in group[1:]}
     with _hooked(stops), _forwards(block, feed) as forwards:
         for forward in forwards:
             forward.go_on()
@@ -109,6 +112,7 @@ class _Forward:
         self.keep = keep
         self.waits_before: str | None = None
         self.input: Tensor | None = None  # of the linear it waits before
+        self.read: dict[str, int] = {}  # where the input of each stop lay
         self.future: Future[Tensor]
         self._pass = (block, hidden, call)
         self._may_run = threading.Semaphore(0)
@@ -135,6 +139,7 @@ class _Forward:
     def stop_before(self, name: str, x: Tensor) -> None:
         """Hand control back to the main thread until it says to go on."""
         self.waits_before, self.input = name, x
+        self.read[name] = x.data_ptr()
         self._has_stopped.release()
         self._wait()
 
@@ -179,6 +184,17 @@ def _forwards(block: nn.Module, feed: Feed) -> Iterator[list[_Forward]]:
 def _stop_before(name: str) -> Any:
     def hook(_linear: nn.Module, args: Sequence[Tensor]) -> None:
         _Forward.running.forward.stop_before(name, args[0])
+
+    return hook
+
+
+def _read_as(first: str, name: str) -> Any:
+    def hook(_linear: nn.Module, args: Sequence[Tensor]) -> None:
+        if _Forward.running.forward.read.get(first) != args[0].data_ptr():
+            raise UnsupportedModelError(
+                f"{name} reads the same tensor as {first} in one block and another one in this "
+                "block of the same class. Pass BaseQuantizeConfig(true_sequential=False)."
+            )
 
     return hook
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..architectures import Architecture
 from ..calibration.capture import Captured, capture
-from ..calibration.examples import Batch
+from ..calibration.examples import Batch, merge_batches
 from ..errors import NumericsError, UnsupportedModelError
 from ..formats.grid import GridRule
 from ..nn_modules.qlinear.linear import check_shape
@@ -22,6 +22,12 @@ from .one_pass import fits_one_pass, reading_groups, solve_in_one_pass
 from .placement import execution_device, execution_dtype, placed
 from .progress import Progress
 from .report import ModuleReport
+
+# Tokens that run through a block at a time on a CPU and on a GPU: enough to keep it busy.
+_TOKENS_AT_ONCE = (2048, 16384)
+
+# Which linears read one tensor, in the order of running, by class of block and names of linears.
+Readings = dict[tuple[type[nn.Module], tuple[str, ...]], list[list[str]]]
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,9 @@ def quantize_model(
     options = solver_options(config)
     device = execution_device(model)
     dtype = execution_dtype(next(plan.blocks.parameters()).dtype, device)
+    batches = merge_batches(batches, _TOKENS_AT_ONCE[device.type == "cuda"])
     captured = _capture(model, plan, batches, device, dtype)
+    readings: Readings = {}
     report: list[ModuleReport] = []
     with Progress(plan.module_count, show_progress) as progress:
         for i, block in enumerate(plan.blocks):
@@ -113,7 +121,7 @@ def quantize_model(
             done: list[Solved] = []
             with placed(block, device, dtype):
                 try:
-                    for solved in _solve_block(block, plan.steps[i], feed, options):
+                    for solved in _solve_block(block, plan.steps[i], feed, options, readings):
                         done.append(solved)
                         report.append(_entry(name, i, solved))
                         progress.module_done(report[-1])
@@ -124,12 +132,19 @@ def quantize_model(
 
 
 def _solve_block(
-    block: nn.Module, steps: list[list[str]], feed: Feed, options: SolverOptions
+    block: nn.Module,
+    steps: list[list[str]],
+    feed: Feed,
+    options: SolverOptions,
+    readings: Readings,
 ) -> Iterator[Solved]:
     """Solve a block, and replace the hidden states by its outputs."""
     linears = {name: block.get_submodule(name) for step in steps for name in step}
     if len(steps) > 1 and fits_one_pass(linears, feed):
-        groups = reading_groups(block, linears, feed.hidden[0], feed.calls[0])
+        kind = (type(block), tuple(linears))
+        if kind not in readings:
+            readings[kind] = reading_groups(block, linears, feed.hidden[0], feed.calls[0])
+        groups = readings[kind]
         if sum(map(len, groups)) == len(linears):  # all were reached, and none twice
             yield from solve_in_one_pass(block, linears, groups, feed, options)
             return
