@@ -366,16 +366,24 @@ std::tuple<Tensor, Tensor> fit_grids(const Tensor& weight,
   return {scales, zeros};
 }
 
-std::tuple<Tensor, Tensor> solve_columns(const Tensor& weight,
-                                         const Tensor& inverse,
-                                         const Tensor& scales,
-                                         const Tensor& zeros,
-                                         const Tensor& group,
-                                         int64_t maxq) {
+void solve_columns(const Tensor& weight,
+                   const Tensor& codes,
+                   const Tensor& errors,
+                   const Tensor& inverse,
+                   const Tensor& scales,
+                   const Tensor& zeros,
+                   const Tensor& group,
+                   int64_t maxq) {
   STD_TORCH_CHECK(weight.dim() == 2, "weight is ", shape_of(weight), ", but must be [B, N].");
   STD_TORCH_CHECK(scales.dim() == 2, "scales is ", shape_of(scales), ", but must be [G, N].");
   const int64_t columns = weight.size(0), n = weight.size(1);
   check_rows("weight", weight, weight, columns, n);
+  check_rows("errors", errors, weight, columns, n);
+  check_like("codes", codes, weight);
+  check_matrix("codes", codes, columns, n, "the shape");
+  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte && codes.is_contiguous() &&
+                      errors.is_contiguous(),
+                  "codes must be contiguous Byte, and errors contiguous.");
   check_rows("inverse", inverse, weight, columns, columns);
   check_rows("scales", scales, weight, scales.size(0), n);
   check_rows("zeros", zeros, weight, scales.size(0), n);
@@ -387,8 +395,6 @@ std::tuple<Tensor, Tensor> solve_columns(const Tensor& weight,
     STD_TORCH_CHECK(of_column[i] >= 0 && of_column[i] < scales.size(0), "group[", i, "] is ",
                     of_column[i], ", but must be in [0, ", scales.size(0), ").");
   }
-  Tensor codes = torch::stable::new_empty(weight, {columns, n}, ScalarType::Byte);
-  Tensor errors = torch::stable::new_empty(weight, {columns, n});
   const auto_gptq::Block block{static_cast<float*>(weight.mutable_data_ptr()),
                                floats(inverse),
                                floats(scales),
@@ -404,13 +410,12 @@ std::tuple<Tensor, Tensor> solve_columns(const Tensor& weight,
 #ifdef AUTO_GPTQ_CUDA
   if (!weight.is_cpu()) {
     run_on_gpu(weight, auto_gptq_cuda_solve_columns, block);
-    return {codes, errors};
+    return;
   }
 #endif
   for_columns(0, (n + 31) / 32 * 32, columns * columns, [&](int64_t begin, int64_t end) {
     auto_gptq_cpu_solve_columns(&block, begin, std::min(end, n), auto_gptq_cpu_best_isa());
   });
-  return {codes, errors};
 }
 
 }  // namespace

@@ -44,18 +44,18 @@ def q_linear(
 
 def solve_columns(
     weight: Tensor,  # [B, N] fp32, a block of columns held transposed; updated in place
+    codes: Tensor,  # out [B, N] uint8
+    errors: Tensor,  # out [B, N] fp32: rounding errors, divided by the factor's diagonal
     inverse: Tensor,  # [B, B] fp32, upper triangular factor of the inverse Hessian
     scales: Tensor,  # [G, N] fp32
     zeros: Tensor,  # [G, N] fp32, whole numbers
     group: Tensor,  # [B] int64, the group of each column
     maxq: int,
-) -> tuple[Tensor, Tensor]:  # codes [B, N] uint8; errors [B, N], divided by the diagonal
+) -> None:
     """Quantize columns one after another, taking each one's error out of the later ones.
 
     (GPTQ, section 4, algorithm 1, the inner loop.)
     """
-    codes = torch.empty_like(weight, dtype=torch.uint8)
-    errors = torch.empty_like(weight)
     column_scales, column_zeros = scales[group], zeros[group]
     diagonal = inverse.diagonal()
     for i in range(weight.shape[0]):
@@ -64,7 +64,6 @@ def solve_columns(
         torch.div(weight[i] - grid.from_codes(kept), diagonal[i], out=errors[i])
         weight[i + 1 :].addr_(inverse[i, i + 1 :], errors[i], alpha=-1)
         codes[i] = kept
-    return codes, errors
 
 
 def fit_grids(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -71,16 +71,19 @@ def solve_in_one_pass(
     groups: Sequence[Sequence[str]],
     feed: Feed,
     options: SolverOptions,
+    threads: ThreadPoolExecutor,
 ) -> Iterator[Solved]:
     """Solve all linears of a block and replace the hidden states by the quantized block's outputs.
 
     :param groups: names that read one tensor, in the order of running: from :func:`reading_groups`
+    :param threads: one per batch at least; kept from block to block, because a new thread's first
+        product on a GPU takes 60 ms
     :raises NumericsError: naming the linears whose weights or inputs hold NaN or infinity
     """
     stops = {group[0]: (linears[group[0]], _stop_before(group[0])) for group in groups}
     for group in groups:  # blocks of one class are taken to read alike; here that is checked
         stops |= {name: (linears[name], _read_as(group[0], name)) for name in group[1:]}
-    with _hooked(stops), _forwards(block, feed) as forwards:
+    with _hooked(stops), _forwards(block, feed, threads) as forwards:
         for forward in forwards:
             forward.go_on()
         for group in groups:
@@ -167,18 +170,20 @@ class _Forward:
 
 
 @contextmanager
-def _forwards(block: nn.Module, feed: Feed) -> Iterator[list[_Forward]]:
-    """Make a pass for each batch; all threads are gone afterwards, whatever happens."""
+def _forwards(
+    block: nn.Module, feed: Feed, threads: ThreadPoolExecutor
+) -> Iterator[list[_Forward]]:
+    """Make a pass for each batch; none is left afterwards, whatever happens."""
     batches = zip(feed.hidden, feed.calls, feed.keep, strict=True)
     forwards = [_Forward(block, *batch) for batch in batches]
-    with ThreadPoolExecutor(len(forwards), thread_name_prefix="auto_gptq-pass") as pool:
+    for forward in forwards:
+        forward.future = threads.submit(forward.run)
+    try:
+        yield forwards
+    finally:
         for forward in forwards:
-            forward.future = pool.submit(forward.run)
-        try:
-            yield forwards
-        finally:
-            for forward in forwards:
-                forward.abandon()
+            forward.abandon()
+        wait([forward.future for forward in forwards])
 
 
 def _stop_before(name: str) -> Any:

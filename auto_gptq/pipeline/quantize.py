@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -23,11 +24,8 @@ from .placement import execution_device, execution_dtype, placed
 from .progress import Progress
 from .report import ModuleReport
 
-# Tokens that run through a block at a time on a CPU and on a GPU: enough to keep it busy.
-_TOKENS_AT_ONCE = (2048, 16384)
-
-# Which linears read one tensor, in the order of running, by class of block and names of linears.
-Readings = dict[tuple[type[nn.Module], tuple[str, ...]], list[list[str]]]
+# Tokens that run through a block at a time: enough to keep the device busy.
+_TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 32768}
 
 
 @dataclass(frozen=True)
@@ -107,21 +105,23 @@ def quantize_model(
     :raises NumericsError: naming the module whose weights or inputs hold NaN or infinity
     """
     plan = make_plan(model, architecture, config)
-    options = solver_options(config)
     device = execution_device(model)
     dtype = execution_dtype(next(plan.blocks.parameters()).dtype, device)
-    batches = merge_batches(batches, _TOKENS_AT_ONCE[device.type == "cuda"])
+    batches = merge_batches(batches, _TOKENS_AT_ONCE.get(device.type, 2048))
     captured = _capture(model, plan, batches, device, dtype)
-    readings: Readings = {}
     report: list[ModuleReport] = []
-    with Progress(plan.module_count, show_progress) as progress:
+    with (
+        Progress(plan.module_count, show_progress) as progress,
+        ThreadPoolExecutor(len(batches), thread_name_prefix="auto_gptq-pass") as threads,
+    ):
+        run = _Run(solver_options(config), threads, {})
         for i, block in enumerate(plan.blocks):
             name = f"{plan.prefix}.{i}"
             feed = _feed(captured, i, device, dtype)
             done: list[Solved] = []
             with placed(block, device, dtype):
                 try:
-                    for solved in _solve_block(block, plan.steps[i], feed, options, readings):
+                    for solved in run.solve(block, plan.steps[i], feed):
                         done.append(solved)
                         report.append(_entry(name, i, solved))
                         progress.module_done(report[-1])
@@ -131,26 +131,33 @@ def quantize_model(
     return report
 
 
-def _solve_block(
-    block: nn.Module,
-    steps: list[list[str]],
-    feed: Feed,
-    options: SolverOptions,
-    readings: Readings,
-) -> Iterator[Solved]:
-    """Solve a block, and replace the hidden states by its outputs."""
-    linears = {name: block.get_submodule(name) for step in steps for name in step}
-    if len(steps) > 1 and fits_one_pass(linears, feed):
-        kind = (type(block), tuple(linears))
-        if kind not in readings:
-            readings[kind] = reading_groups(block, linears, feed.hidden[0], feed.calls[0])
-        groups = readings[kind]
-        if sum(map(len, groups)) == len(linears):  # all were reached, and none twice
-            yield from solve_in_one_pass(block, linears, groups, feed, options)
-            return
-    for step in steps:
-        yield from solve_step(block, {name: linears[name] for name in step}, feed, options)
-    propagate(block, feed)
+@dataclass
+class _Run:
+    """What stays the same from block to block."""
+
+    options: SolverOptions
+    threads: ThreadPoolExecutor
+    # Which linears read one tensor, by class of block and names of linears.
+    readings: dict[tuple[type[nn.Module], tuple[str, ...]], list[list[str]]]
+
+    def solve(self, block: nn.Module, steps: list[list[str]], feed: Feed) -> Iterator[Solved]:
+        """Solve a block, and replace the hidden states by its outputs."""
+        linears = {name: block.get_submodule(name) for step in steps for name in step}
+        if len(steps) > 1 and fits_one_pass(linears, feed):
+            kind = (type(block), tuple(linears))
+            if kind not in self.readings:
+                first = feed.hidden[0], feed.calls[0]
+                self.readings[kind] = reading_groups(block, linears, *first)
+            groups = self.readings[kind]
+            if sum(map(len, groups)) == len(linears):  # all were reached, and none twice
+                yield from solve_in_one_pass(
+                    block, linears, groups, feed, self.options, self.threads
+                )
+                return
+        for step in steps:
+            of_step = {name: linears[name] for name in step}
+            yield from solve_step(block, of_step, feed, self.options)
+        propagate(block, feed)
 
 
 def _capture(

@@ -116,20 +116,26 @@ __global__ void __launch_bounds__(kThreads) solve_columns_kernel(Block block) {
   const int64_t at = inside ? n : 0;
   const float maxq = static_cast<float>(block.maxq);
 
+  // Many loads in flight: one after another each would take its whole way to memory and back.
+#pragma unroll 16
   for (int i = t; i < kColumns * kColumns; i += kThreads) {
     const int row = i / kColumns, column = i % kColumns;
     const bool given = row < columns && column < columns;
     shared.factor[row][column] = given ? block.inverse[row * block.inverse_stride + column] : 0.0f;
   }
+#pragma unroll 16
   for (int i = 0; i < kColumns; ++i) {
     shared.weight[i][t] = i < columns ? block.weight[i * block.weight_stride + at] : 0.0f;
   }
   __syncthreads();
 
   for (int first = 0; first < columns; first += kRegisters) {
-    float w[kRegisters], error[kRegisters];
+    float w[kRegisters], error[kRegisters], scale[kRegisters], zero[kRegisters];
 #pragma unroll
     for (int c = 0; c < kRegisters; ++c) {
+      const int64_t group = first + c < columns ? block.group[first + c] : 0;
+      scale[c] = block.scales[group * block.n + at];
+      zero[c] = block.zeros[group * block.n + at];
       w[c] = shared.weight[first + c][t];
     }
 #pragma unroll
@@ -138,10 +144,8 @@ __global__ void __launch_bounds__(kThreads) solve_columns_kernel(Block block) {
       error[c] = 0.0f;
       if (i < columns) {
         const float* row = shared.factor[i] + first;
-        const float scale = block.scales[block.group[i] * block.n + at];
-        const float zero = block.zeros[block.group[i] * block.n + at];
-        const float code = fminf(fmaxf(rintf(w[c] / scale) + zero, 0.0f), maxq);
-        error[c] = (w[c] - (code - zero) * scale) / row[c];
+        const float code = fminf(fmaxf(rintf(w[c] / scale[c]) + zero[c], 0.0f), maxq);
+        error[c] = (w[c] - (code - zero[c]) * scale[c]) / row[c];
 #pragma unroll
         for (int later = c + 1; later < kRegisters; ++later) {
           w[later] -= error[c] * row[later];

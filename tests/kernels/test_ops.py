@@ -36,6 +36,8 @@ def _block(device: torch.device, columns: int = 40) -> dict[str, Any]:
     factor = torch.randn(128, 128).triu() * 0.1 + torch.eye(128)
     return {
         "weight": torch.randn(columns, N, device=device),
+        "codes": torch.empty(columns, N, dtype=torch.uint8, device=device),
+        "errors": torch.empty(columns, N, device=device),
         "inverse": factor.to(device)[8 : 8 + columns, 8 : 8 + columns],
         "scales": torch.stack([grid.scale, grid.scale * 2]).to(device),
         "zeros": torch.stack([grid.zero, grid.zero]).to(device),
@@ -80,8 +82,10 @@ def test_solve_columns_agrees_with_plain_torch(device: torch.device) -> None:
     ours, plain = _block(device), _block(device)
     plain["weight"] = ours["weight"].clone()
     plain |= {key: ours[key] for key in ("inverse", "scales", "zeros", "group")}
-    codes, errors = OPS.solve_columns(**ours)
-    expected_codes, expected_errors = reference.solve_columns(**plain)
+    OPS.solve_columns(**ours)
+    reference.solve_columns(**plain)
+    codes, errors = ours["codes"], ours["errors"]
+    expected_codes, expected_errors = plain["codes"], plain["errors"]
     assert (codes != expected_codes).any(0).sum() <= 1  # a tie may fall to either side
     same = (codes == expected_codes).all(0)
     assert torch.allclose(errors[:, same], expected_errors[:, same], atol=1e-5)
@@ -98,8 +102,8 @@ def test_fit_grids_agrees_with_plain_torch(
     arguments = _groups(device, GridRule(bits, symmetric, dtype))
     scales, zeros = OPS.fit_grids(*arguments)
     expected_scales, expected_zeros = reference.fit_grids(*arguments)
-    differing = (scales != expected_scales) | (zeros != expected_zeros)
-    assert differing.sum() <= 2  # two factors of nearly equal error
+    same = torch.isclose(scales, expected_scales, rtol=1e-6) & (zeros == expected_zeros)
+    assert (~same).sum() <= 2  # two factors of nearly equal error
     assert torch.equal(scales, scales.to(dtype).float())
 
 
