@@ -58,6 +58,8 @@ class BaseGPTQForCausalLM(nn.Module):
         self.injected_fused_mlp = injected_fused_mlp
         self.trainable = trainable
         self.report: list[ModuleReport] = []  # filled by quantize()
+        self.calibration_rows = 0  # filled by quantize()
+        self.perplexity: dict[str, float] = {}  # yours to fill: text → value, for the model card
 
     @property
     def quantized(self) -> bool:
@@ -142,6 +144,7 @@ class BaseGPTQForCausalLM(nn.Module):
         self.report = quantize_model(
             self.model, self.architecture, self.quantize_config, batches, show_progress
         )
+        self.calibration_rows = sum(len(batch.input_ids) for batch in batches)
         self._quantized = True
 
     def save_quantized(
@@ -175,6 +178,12 @@ class BaseGPTQForCausalLM(nn.Module):
     ) -> None:
         """Do what :meth:`save_quantized` does, under transformers' name."""
         self.save_quantized(save_dir, use_safetensors, safetensors_metadata)
+
+    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """Upload the saved model to the Hub: see :func:`.publish.push_to_hub`."""
+        from .publish import push_to_hub
+
+        return push_to_hub(self, repo_id, *args, **kwargs)
 
     @classmethod
     def from_pretrained(

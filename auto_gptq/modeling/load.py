@@ -13,7 +13,7 @@ from .. import hub
 from ..checkpoint.reader import WeightFiles, find_weights, read_shapes, read_tensors
 from ..errors import CheckpointError
 from ..nn_modules.qlinear.linear import QuantLinear
-from ..nn_modules.surgery import empty_quant_linear, find_linears, replace
+from ..nn_modules.surgery import empty_quant_linear, find_linears, output_head, replace, untie
 from ..quantization.config import BaseQuantizeConfig
 
 if TYPE_CHECKING:
@@ -85,6 +85,9 @@ def load_packed(
     """
     shapes = read_shapes(weights)
     model = _skeleton(model_config, torch_dtype, trust_remote_code)
+    head = output_head(model)
+    if head is not None and f"{head}.qweight" in shapes:
+        untie(model, head)
     _insert_quant_linears(model, shapes, config)
     _check_names_and_shapes(model, shapes, weights, config)
     for name, tensor in read_tensors(weights):
@@ -129,8 +132,9 @@ def _insert_quant_linears(
         )
     layers = []
     for name in packed:
+        settings = config.settings_for(name) or config
         layer = empty_quant_linear(
-            linears[name], config.bits, config.group_size, config.checkpoint_format
+            linears[name], settings.bits, settings.group_size, config.checkpoint_format
         )
         layers.append((name, layer))
     replace(model, layers)
@@ -143,8 +147,6 @@ def _check_names_and_shapes(
     config: BaseQuantizeConfig,
 ) -> None:
     """Compare the checkpoint's tensors with the model's before any is loaded."""
-    # Where groups are contiguous g_idx says nothing new, and some tools leave it out.
-    contiguous = config.group_size == -1 or config.static_groups or not config.desc_act
     where = weights.files[0].parent
     expected = model.state_dict()
     tied = _tied_names(model)
@@ -153,7 +155,7 @@ def _check_names_and_shapes(
         for name in expected
         if name not in shapes
         and not any(twin in shapes for twin in tied.get(name, ()))
-        and not (contiguous and name.endswith(".g_idx"))
+        and not (name.endswith(".g_idx") and _is_contiguous(name, config))
     ]
     if missing:
         raise CheckpointError(
@@ -171,6 +173,12 @@ def _check_names_and_shapes(
         logger.warning("Ignoring tensors that the model does not have: %s", _some(unexpected))
         for name in unexpected:
             del shapes[name]
+
+
+def _is_contiguous(g_idx: str, config: BaseQuantizeConfig) -> bool:
+    """Tell where g_idx says nothing new, so that some tools leave it out."""
+    settings = config.settings_for(g_idx.removesuffix(".g_idx")) or config
+    return settings.group_size == -1 or settings.static_groups or not settings.desc_act
 
 
 def _tied_names(model: nn.Module) -> dict[str, set[str]]:

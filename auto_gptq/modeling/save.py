@@ -57,9 +57,15 @@ def saved_config(config: BaseQuantizeConfig) -> BaseQuantizeConfig:
     With static groups the processing order left no trace in ``g_idx``; saying ``desc_act: true``
     would make vLLM refuse the checkpoint.  Paths of this machine are nobody's business.
     """
+    dynamic = None if config.dynamic is None else copy.deepcopy(config.dynamic)
+    for override in (dynamic or {}).values():
+        if "desc_act" in override or "static_groups" in override:
+            own = replace(config, dynamic=None, **override)
+            override["desc_act"] = own.desc_act and not own.static_groups
     return replace(
         config,
         desc_act=config.desc_act and not config.static_groups,
+        dynamic=dynamic,
         model_name_or_path=None,
         model_file_base_name=None,
     )

@@ -45,11 +45,12 @@ def solve_step(
     block: nn.Module,
     linears: Mapping[str, nn.Module],
     feed: Feed,
-    options: SolverOptions,
+    options: Mapping[str, SolverOptions],  # by the names of the linears
 ) -> Iterator[Solved]:
     """Solve the linears of one step, and leave their dequantized weights in the block.
 
-    Linears that read the same tensor share one Hessian and one factorization.
+    Linears that read the same tensor share one Hessian, and those with the same options also one
+    factorization.
     """
     collector = _Collector(linears)
     with collector.hooked():
@@ -57,15 +58,15 @@ def solve_step(
             collector.keep = keep
             collector.run(block, hidden, call)
     for sharing in collector.sharing:
-        yield from _solve_together(
-            {name: linears[name] for name in sharing.names}, sharing.hessian, options
-        )
+        for alike in dict.fromkeys(options[name] for name in sharing.names):
+            together = {name: linears[name] for name in sharing.names if options[name] == alike}
+            yield from _solve_together(together, sharing.hessian, alike)
     for name, linear in linears.items():
         if name not in collector.seen:
             logger.warning("%s saw no calibration token; its weights are only rounded.", name)
             columns = dense_weight(linear).shape[1]
             nothing = Hessian(columns, dense_weight(linear).device)
-            yield from _solve_together({name: linear}, nothing, options)
+            yield from _solve_together({name: linear}, nothing, options[name])
 
 
 def propagate(block: nn.Module, feed: Feed) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,18 +10,21 @@ import torch
 from torch import nn
 
 from ..architectures import Architecture
-from ..calibration.capture import Captured, capture
+from ..calibration.capture import BlockCall, Captured, capture, capture_head
 from ..calibration.examples import Batch
 from ..errors import NumericsError, UnsupportedModelError
 from ..formats.grid import GridRule
 from ..nn_modules.qlinear.linear import check_shape
-from ..nn_modules.surgery import features, find_linears, quantized_from, replace
+from ..nn_modules.surgery import features, find_linears, quantized_from, replace, untie
 from ..quantization.config import BaseQuantizeConfig
+from ..quantization.dynamic import find_pattern
 from ..quantization.solver import SolverOptions
 from .block import Feed, Solved, propagate, solve_step
 from .placement import execution_device, execution_dtype, placed
 from .progress import Progress
 from .report import ModuleReport
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,12 @@ class Plan:
     blocks: nn.ModuleList
     prefix: str  # dotted name of the list of blocks
     steps: list[list[list[str]]]  # per block, per step: names relative to the block
+    settings: dict[str, BaseQuantizeConfig]  # by full name, of each linear to quantize
+    head: str | None  # full name of the output head, if it is to be quantized
 
-    @property
-    def module_count(self) -> int:
-        return sum(len(names) for block in self.steps for names in block)
+    def options(self, block_name: str, step: Sequence[str]) -> dict[str, SolverOptions]:
+        """Give the options of the linears of one step by their relative names."""
+        return {name: solver_options(self.settings[f"{block_name}.{name}"]) for name in step}
 
 
 def make_plan(model: nn.Module, architecture: Architecture, config: BaseQuantizeConfig) -> Plan:
@@ -50,23 +56,63 @@ def make_plan(model: nn.Module, architecture: Architecture, config: BaseQuantize
         raise UnsupportedModelError(
             f"{type(model).__name__} has no list of blocks at `{architecture.blocks}`."
         )
-    steps = []
+    steps: list[list[list[str]]] = []
+    settings: dict[str, BaseQuantizeConfig] = {}
     for i, block in enumerate(blocks):
         linears = find_linears(block)
-        present = [
-            [name for name in step if name in linears]
-            for step in architecture.step_names(config.true_sequential)
-        ]
-        for name in (name for step in present for name in step):
-            full_name = f"{architecture.blocks}.{i}.{name}"
-            check_shape(full_name, *features(linears[name]), config.group_size)
-        steps.append([step for step in present if step])
-    plan = Plan(blocks, architecture.blocks, steps)
-    if not plan.module_count:
+        steps.append([])
+        for step in architecture.step_names(config.true_sequential):
+            wanted = []
+            for name in (name for name in step if name in linears):
+                own = _checked(f"{architecture.blocks}.{i}.{name}", linears[name], config)
+                if own is not None:
+                    settings[f"{architecture.blocks}.{i}.{name}"] = own
+                    wanted.append(name)
+            if wanted:
+                steps[-1].append(wanted)
+    if not settings:
         raise UnsupportedModelError(
-            f"No block of {type(model).__name__} has any of the linears {architecture.steps}."
+            f"No block of {type(model).__name__} has any of the linears {architecture.steps}"
+            + (" that `dynamic` does not skip." if config.dynamic else ".")
         )
-    return plan
+    head = architecture.head if config.lm_head else None
+    own_of_head = None if head is None else _checked(head, _head_of(model, head), config)
+    if head is not None and own_of_head is not None:
+        settings[head] = own_of_head
+    else:
+        head = None
+    _warn_of_idle_patterns(model, config)
+    return Plan(blocks, architecture.blocks, steps, settings, head)
+
+
+def _checked(name: str, linear: nn.Module, config: BaseQuantizeConfig) -> BaseQuantizeConfig | None:
+    """Give one linear's settings, None if it stays dense."""
+    settings = config.settings_for(name)
+    if settings is not None:
+        check_shape(name, *features(linear), settings.group_size)
+    return settings
+
+
+def _head_of(model: nn.Module, head: str) -> nn.Module:
+    linears = find_linears(model)
+    if head not in linears:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no linear `{head}`; quantize it with lm_head=False."
+        )
+    return linears[head]
+
+
+def _warn_of_idle_patterns(model: nn.Module, config: BaseQuantizeConfig) -> None:
+    names = find_linears(model)
+    used = {find_pattern(config.dynamic or {}, name) for name in names}
+    idle = [pattern for pattern in config.dynamic or {} if pattern not in used]
+    if idle:
+        logger.warning(
+            "No linear is ruled by the patterns %s of `dynamic`. Names are matched from their "
+            "start, as in %s, and the first match counts.",
+            idle,
+            next(iter(names), "no name at all"),
+        )
 
 
 def solver_options(config: BaseQuantizeConfig) -> SolverOptions:
@@ -100,12 +146,11 @@ def quantize_model(
     :raises NumericsError: naming the module whose weights or inputs hold NaN or infinity
     """
     plan = make_plan(model, architecture, config)
-    options = solver_options(config)
     device = execution_device(model)
     dtype = execution_dtype(next(plan.blocks.parameters()).dtype, device)
     captured = _capture(model, plan, batches, device, dtype)
     report: list[ModuleReport] = []
-    with Progress(plan.module_count, show_progress) as progress:
+    with Progress(len(plan.settings), show_progress) as progress:
         for i, block in enumerate(plan.blocks):
             name = f"{plan.prefix}.{i}"
             feed = _feed(captured, i, device, dtype)
@@ -114,16 +159,42 @@ def quantize_model(
                 try:
                     for step in plan.steps[i]:
                         linears = {n: block.get_submodule(n) for n in step}
-                        for solved in solve_step(block, linears, feed, options):
+                        for solved in solve_step(block, linears, feed, plan.options(name, step)):
                             done.append(solved)
                             report.append(_entry(name, i, solved))
                             progress.module_done(report[-1])
-                    if i + 1 < len(plan.blocks):
+                    if i + 1 < len(plan.blocks) or plan.head is not None:
                         propagate(block, feed)
                 except NumericsError as error:
                     raise NumericsError(f"{name}: {error}") from error
-            _pack(block, done, config)
+            _pack(block, name, done, plan)
+        if plan.head is not None:
+            captured.hidden = feed.hidden
+            solved = _quantize_head(model, plan, batches, captured, dtype)
+            report.append(_entry("", len(plan.blocks), solved))
+            progress.module_done(report[-1])
     return report
+
+
+def _quantize_head(
+    model: nn.Module,
+    plan: Plan,
+    batches: Sequence[Batch],
+    captured: Captured,
+    dtype: torch.dtype,
+) -> Solved:
+    """Quantize the output head on what the quantized blocks, and the norm after them, put out."""
+    name = plan.head or ""
+    device = captured.hidden[0].device
+    untie(model, name)
+    head = model.get_submodule(name)
+    with placed(model, device, dtype, without=plan.blocks):
+        capture_head(model, list(plan.blocks), batches, captured, head)
+        feed = Feed(captured.hidden, [BlockCall((), {}) for _ in batches], captured.keep)
+        options = {name: solver_options(plan.settings[name])}
+        (solved,) = solve_step(head, {name: head}, feed, options)
+    _pack(model, "", [solved], plan)
+    return solved
 
 
 def _capture(
@@ -146,22 +217,31 @@ def _feed(captured: Captured, index: int, device: torch.device, dtype: torch.dty
     return Feed(captured.hidden, calls, captured.keep)
 
 
-def _pack(block: nn.Module, done: Sequence[Solved], config: BaseQuantizeConfig) -> None:
+def _pack(parent: nn.Module, parent_name: str, done: Sequence[Solved], plan: Plan) -> None:
     """Put QuantLinears in place, where the dense linears lay."""
     packed = []
     for solved in done:
-        linear = block.get_submodule(solved.name)
+        linear = parent.get_submodule(solved.name)
+        settings = plan.settings[_joined(parent_name, solved.name)]
         home = next(linear.parameters()).device
         layer = quantized_from(
-            linear, solved.solution, config.bits, config.group_size, config.checkpoint_format
+            linear,
+            solved.solution,
+            settings.bits,
+            settings.group_size,
+            settings.checkpoint_format,
         )
         packed.append((solved.name, layer.to(home)))
-    replace(block, packed)
+    replace(parent, packed)
+
+
+def _joined(parent: str, name: str) -> str:
+    return f"{parent}.{name}" if parent else name
 
 
 def _entry(block_name: str, index: int, solved: Solved) -> ModuleReport:
     return ModuleReport(
-        name=f"{block_name}.{solved.name}",
+        name=_joined(block_name, solved.name),
         block=index,
         error=solved.error,
         damp_percent=solved.solution.damp_percent,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .. import hub
 from ..errors import ConfigError, MissingFileError
+from .dynamic import check_patterns, find_override, known_settings_only
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,8 @@ class BaseQuantizeConfig:
     :param model_name_or_path: where the quantized model came from or was saved to
     :param model_file_base_name: file name of the weights without its extension
     :param scale_search: choose the scales by the error they cause; False for AutoGPTQ's min-max
+    :param lm_head: quantize the output head too; one tied to the embedding is untied
+    :param dynamic: settings of some modules, by pattern: see :mod:`.dynamic`
     :raises ConfigError: (a ValueError) if a value cannot work
     """
 
@@ -84,6 +87,8 @@ class BaseQuantizeConfig:
     model_name_or_path: str | None = None
     model_file_base_name: str | None = None
     scale_search: bool = True
+    lm_head: bool = False
+    dynamic: dict[str, dict[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4, 8):
@@ -108,6 +113,20 @@ class BaseQuantizeConfig:
                 f"checkpoint_format {self.checkpoint_format!r} does not go with quant_method "
                 f"{self.quant_method!r}; possible: {sorted(formats)}."
             )
+        if self.dynamic is not None:
+            check_patterns(self.dynamic)
+            for pattern, override in self.dynamic.items():
+                try:
+                    replace(self, dynamic=None, **override)
+                except (ConfigError, TypeError) as error:
+                    raise ConfigError(f"dynamic[{pattern!r}]: {error}") from None
+
+    def settings_for(self, name: str) -> BaseQuantizeConfig | None:
+        """Give the settings of one module by its full name; None if it stays dense."""
+        override = find_override(self.dynamic or {}, name)
+        if override is None:
+            return None
+        return replace(self, dynamic=None, **override) if override else self
 
     def to_dict(self) -> dict[str, Any]:
         """Give the settings as AutoGPTQ's JSON object, keys in its order.
@@ -115,8 +134,9 @@ class BaseQuantizeConfig:
         Settings that AutoGPTQ did not have are left out while they have their defaults.
         """
         fields = asdict(self)
-        if self.scale_search:
-            del fields["scale_search"]
+        for name in ("scale_search", "lm_head", "dynamic"):
+            if fields[name] == type(self).__dataclass_fields__[name].default:
+                del fields[name]
         at_the_end = (QUANT_METHOD_FIELD, CHECKPOINT_FORMAT_FIELD)
         return {k: v for k, v in fields.items() if k not in at_the_end} | {
             k: fields[k] for k in at_the_end
@@ -139,6 +159,8 @@ class BaseQuantizeConfig:
         given = {QUANT_CONFIG_ARG_SYNONYMS.get(key, key): value for key, value in given.items()}
         settings = {k: v for k, v in given.items() if k in cls.__dataclass_fields__}
         settings |= _method_and_format(given, checkpoint_format)
+        if settings.get("dynamic") is not None:
+            settings["dynamic"] = known_settings_only(settings["dynamic"]) or None
         if settings[CHECKPOINT_FORMAT_FIELD] in _ORDERLESS:
             settings["desc_act"] = False
         if "sym" not in settings:
