@@ -15,7 +15,7 @@ from ..calibration.examples import Batch
 from ..errors import NumericsError, UnsupportedModelError
 from ..formats.grid import GridRule
 from ..nn_modules.qlinear.linear import check_shape
-from ..nn_modules.surgery import features, find_linears, quantized_from, replace, untie
+from ..nn_modules.surgery import features, find_linears, output_head, quantized_from, replace, untie
 from ..quantization.config import BaseQuantizeConfig
 from ..quantization.dynamic import find_pattern
 from ..quantization.solver import SolverOptions
@@ -75,12 +75,9 @@ def make_plan(model: nn.Module, architecture: Architecture, config: BaseQuantize
             f"No block of {type(model).__name__} has any of the linears {architecture.steps}"
             + (" that `dynamic` does not skip." if config.dynamic else ".")
         )
-    head = architecture.head if config.lm_head else None
-    own_of_head = None if head is None else _checked(head, _head_of(model, head), config)
-    if head is not None and own_of_head is not None:
-        settings[head] = own_of_head
-    else:
-        head = None
+    head = _head_name(model, architecture, config)
+    if head is not None:
+        settings[head] = _checked(head, model.get_submodule(head), config) or config
     _warn_of_idle_patterns(model, config)
     return Plan(blocks, architecture.blocks, steps, settings, head)
 
@@ -93,13 +90,19 @@ def _checked(name: str, linear: nn.Module, config: BaseQuantizeConfig) -> BaseQu
     return settings
 
 
-def _head_of(model: nn.Module, head: str) -> nn.Module:
-    linears = find_linears(model)
-    if head not in linears:
+def _head_name(
+    model: nn.Module, architecture: Architecture, config: BaseQuantizeConfig
+) -> str | None:
+    """Give the full name of the output head, None if it is not to be quantized."""
+    # The model knows best: transformers 5 renamed the head of gpt_neox.
+    head = output_head(model) or architecture.head
+    if not config.lm_head or config.settings_for(head) is None:
+        return None
+    if head not in find_linears(model):
         raise UnsupportedModelError(
             f"{type(model).__name__} has no linear `{head}`; quantize it with lm_head=False."
         )
-    return linears[head]
+    return head
 
 
 def _warn_of_idle_patterns(model: nn.Module, config: BaseQuantizeConfig) -> None:
