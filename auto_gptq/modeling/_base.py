@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,13 +110,14 @@ class BaseGPTQForCausalLM(nn.Module):
 
     def quantize(
         self,
-        examples: Sequence[Mapping[str, Any]],
+        examples: Any,
         batch_size: int = 1,
         use_triton: bool = False,
         use_cuda_fp16: bool = True,
         autotune_warmup_after_quantized: bool = False,
         cache_examples_on_gpu: bool = True,
         *,
+        tokenizer: Any = None,
         show_progress: bool | None = None,
     ) -> None:
         """Quantize the model in place, calibrating on examples.
@@ -124,7 +125,9 @@ class BaseGPTQForCausalLM(nn.Module):
         ``use_triton``, ``use_cuda_fp16`` and ``autotune_warmup_after_quantized`` chose among
         AutoGPTQ's kernels and mean nothing here.
 
-        :param examples: dicts with ``input_ids`` and ``attention_mask``; padding does not count
+        :param examples: dicts with ``input_ids`` and ``attention_mask``, or ids alone; padding
+            does not count
+        :param tokenizer: given that, examples may be texts or chats, or a dataset of them
         :param batch_size: examples that run through a block at a time
         :param show_progress: draw a bar; None for only on a terminal
         :raises QuantizedStateError: (an EnvironmentError) if the model is quantized already
@@ -139,7 +142,12 @@ class BaseGPTQForCausalLM(nn.Module):
                 "use 'gptq'."
             )
         batches = make_batches(
-            examples, batch_size, self._pad_token_id(), getattr(self.config, "vocab_size", None)
+            examples,
+            batch_size,
+            self._pad_token_id(),
+            getattr(self.config, "vocab_size", None),
+            tokenizer=tokenizer,
+            max_length=self._longest_sequence(),
         )
         self.report = quantize_model(
             self.model, self.architecture, self.quantize_config, batches, show_progress
@@ -265,8 +273,11 @@ class BaseGPTQForCausalLM(nn.Module):
         return wrapper
 
     def _set_seqlen(self) -> None:
+        self.model.__dict__["seqlen"] = self._longest_sequence() or 4096
+
+    def _longest_sequence(self) -> int | None:
         lengths = (getattr(self.config, key, None) for key in _SEQLEN_KEYS)
-        self.model.__dict__["seqlen"] = next((length for length in lengths if length), 4096)
+        return next((length for length in lengths if length), None)
 
     def _pad_token_id(self) -> int:
         """Any id will do, since padding is masked everywhere."""
