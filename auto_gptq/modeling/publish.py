@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, QuantizedStateError
+from ..quantization.config import BaseQuantizeConfig
 from .card import MARK, CardFacts, model_card
-from .save import saved_config
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
@@ -100,7 +100,8 @@ def _card(
         calibration_tokens=max((entry.tokens for entry in wrapper.report), default=0),
         perplexity=wrapper.perplexity,
     )
-    card = model_card(saved_config(wrapper.quantize_config), facts)
+    # As written in the folder, which is what gets uploaded.
+    card = model_card(BaseQuantizeConfig.from_pretrained(folder), facts)
     return [CommitOperationAdd(path_in_repo=_CARD, path_or_fileobj=card.encode())]
 
 
