@@ -98,12 +98,24 @@ def _(
 
 
 _define(
-    "choose_grid",
-    "Tensor weight, Tensor importance, Tensor scales, Tensor zeros, int maxq",
-    reference.choose_grid,
+    "fit_grids",
+    "Tensor weight, Tensor importance, Tensor factors, int group_size, int bits, bool symmetric, "
+    "int lowest_zero, ScalarType scale_dtype",
+    reference.fit_grids,
+    "(Tensor scales, Tensor zeros)",
 )
 
 
-@torch.library.register_fake("auto_gptq::choose_grid", lib=_library)
-def _(weight: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, maxq: int) -> Tensor:
-    return weight.new_empty(weight.shape[1], dtype=torch.int64)
+@torch.library.register_fake("auto_gptq::fit_grids", lib=_library)
+def _(
+    weight: Tensor,
+    importance: Tensor,
+    factors: Tensor,
+    group_size: int,
+    bits: int,
+    symmetric: bool,
+    lowest_zero: int,
+    scale_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    shape = (-(-weight.shape[0] // group_size), weight.shape[1])
+    return weight.new_empty(shape), weight.new_empty(shape)

@@ -280,11 +280,13 @@ class BaseGPTQForCausalLM(nn.Module):
         return next((length for length in lengths if length), None)
 
     def _pad_token_id(self) -> int:
-        """Any id will do, since padding is masked everywhere."""
+        """Any known token will do, since padding is masked everywhere."""
         for key in ("pad_token_id", "eos_token_id"):
             candidate = getattr(self.config, key, None)
             first = candidate[0] if isinstance(candidate, (list, tuple)) else candidate
-            if isinstance(first, int) and first >= 0:
+            if isinstance(first, int) and 0 <= first < getattr(
+                self.config, "vocab_size", first + 1
+            ):
                 return first
         return 0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from ..architectures import Architecture
 from ..calibration.capture import BlockCall, Captured, capture, capture_head
-from ..calibration.examples import Batch
+from ..calibration.examples import Batch, merge_batches
 from ..errors import NumericsError, UnsupportedModelError
 from ..formats.grid import GridRule
 from ..nn_modules.qlinear.linear import check_shape
@@ -20,11 +20,18 @@ from ..quantization.config import BaseQuantizeConfig
 from ..quantization.dynamic import find_pattern
 from ..quantization.solver import SolverOptions
 from .block import Feed, Solved, propagate, solve_step
+from .one_pass import fits_one_pass, reading_groups, solve_in_one_pass
 from .placement import execution_device, execution_dtype, placed
 from .progress import Progress
 from .report import ModuleReport
 
 logger = logging.getLogger(__name__)
+
+# Tokens that run through a block at a time on a CPU and on a GPU: enough to keep it busy.
+_TOKENS_AT_ONCE = (2048, 16384)
+
+# Which linears read one tensor, in the order of running, by class of block and names of linears.
+Readings = dict[tuple[type[nn.Module], tuple[str, ...]], list[list[str]]]
 
 
 @dataclass(frozen=True)
@@ -37,9 +44,10 @@ class Plan:
     settings: dict[str, BaseQuantizeConfig]  # by full name, of each linear to quantize
     head: str | None  # full name of the output head, if it is to be quantized
 
-    def options(self, block_name: str, step: Sequence[str]) -> dict[str, SolverOptions]:
-        """Give the options of the linears of one step by their relative names."""
-        return {name: solver_options(self.settings[f"{block_name}.{name}"]) for name in step}
+    def options(self, block_name: str, index: int) -> dict[str, SolverOptions]:
+        """Give the options of a block's linears by their relative names."""
+        names = [name for step in self.steps[index] for name in step]
+        return {name: solver_options(self.settings[f"{block_name}.{name}"]) for name in names}
 
 
 def make_plan(model: nn.Module, architecture: Architecture, config: BaseQuantizeConfig) -> Plan:
@@ -151,7 +159,9 @@ def quantize_model(
     plan = make_plan(model, architecture, config)
     device = execution_device(model)
     dtype = execution_dtype(next(plan.blocks.parameters()).dtype, device)
+    batches = merge_batches(batches, _TOKENS_AT_ONCE[device.type == "cuda"])
     captured = _capture(model, plan, batches, device, dtype)
+    readings: Readings = {}
     report: list[ModuleReport] = []
     with Progress(len(plan.settings), show_progress) as progress:
         for i, block in enumerate(plan.blocks):
@@ -160,14 +170,11 @@ def quantize_model(
             done: list[Solved] = []
             with placed(block, device, dtype):
                 try:
-                    for step in plan.steps[i]:
-                        linears = {n: block.get_submodule(n) for n in step}
-                        for solved in solve_step(block, linears, feed, plan.options(name, step)):
-                            done.append(solved)
-                            report.append(_entry(name, i, solved))
-                            progress.module_done(report[-1])
-                    if i + 1 < len(plan.blocks) or plan.head is not None:
-                        propagate(block, feed)
+                    options = plan.options(name, i)
+                    for solved in _solve_block(block, plan.steps[i], feed, options, readings):
+                        done.append(solved)
+                        report.append(_entry(name, i, solved))
+                        progress.module_done(report[-1])
                 except NumericsError as error:
                     raise NumericsError(f"{name}: {error}") from error
             _pack(block, name, done, plan)
@@ -198,6 +205,28 @@ def _quantize_head(
         (solved,) = solve_step(head, {name: head}, feed, options)
     _pack(model, "", [solved], plan)
     return solved
+
+
+def _solve_block(
+    block: nn.Module,
+    steps: list[list[str]],
+    feed: Feed,
+    options: Mapping[str, SolverOptions],  # by the names of the linears
+    readings: Readings,
+) -> Iterator[Solved]:
+    """Solve a block, and replace the hidden states by its outputs."""
+    linears = {name: block.get_submodule(name) for step in steps for name in step}
+    if len(steps) > 1 and fits_one_pass(linears, feed):
+        kind = (type(block), tuple(linears))
+        if kind not in readings:
+            readings[kind] = reading_groups(block, linears, feed.hidden[0], feed.calls[0])
+        groups = readings[kind]
+        if sum(map(len, groups)) == len(linears):  # all were reached, and none twice
+            yield from solve_in_one_pass(block, linears, groups, feed, options)
+            return
+    for step in steps:
+        yield from solve_step(block, {name: linears[name] for name in step}, feed, options)
+    propagate(block, feed)
 
 
 def _capture(

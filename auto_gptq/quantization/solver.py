@@ -18,7 +18,7 @@ from ..kernels import native, ops
 from .hessian import factorize
 
 # Columns treated one by one before their common error goes to the others in one matrix product.
-_LEAF = 64
+_LEAF = 128
 # Columns whose groups are fitted together (the block size of the paper's implementation).
 _BATCH = 128
 
@@ -117,7 +117,7 @@ def round_to_nearest(
 ) -> Solution:
     """Quantize without looking at activations: the baseline every solver has to beat."""
     target = weight.to(torch.float32)
-    grid = _fit_groups(target.t(), options.group_size, options.rule)
+    grid = _fit_groups(target.t().contiguous(), options.group_size, options.rule)
     g_idx = trivial_g_idx(weight.shape[1], options.group_size, weight.device)
     wide = Grid(grid.scale[g_idx].t(), grid.zero[g_idx].t(), options.rule.maxq)
     codes = wide.to_codes(target)
@@ -156,24 +156,21 @@ def _fit_groups(
     importance: Tensor | None = None,  # [K]; None for min-max grids
 ) -> Grid:  # scale, zero: [G, N]
     """Fit every contiguous group; the last one may be short."""
-    size = len(weight) if group_size == -1 else group_size
-    parts = [slice(start, start + size) for start in range(0, len(weight), size)]
     if importance is None:
-        grids = [rule.fit(weight[part]) for part in parts]
+        importance, factors = weight.new_ones(len(weight)), [1.0]
     else:
-        grids = [_best_grid(weight[part], rule, importance[part]) for part in parts]
-    return Grid(
-        torch.stack([grid.scale for grid in grids]),
-        torch.stack([grid.zero for grid in grids]),
-        rule.maxq,
+        factors = list(rule.factors)
+    scale, zero = torch.ops.auto_gptq.fit_grids(
+        weight,
+        importance,
+        weight.new_tensor(factors),
+        len(weight) if group_size == -1 else group_size,
+        rule.bits,
+        rule.symmetric,
+        rule.lowest_zero,
+        rule.scale_dtype,
     )
-
-
-def _best_grid(weight: Tensor, rule: GridRule, importance: Tensor) -> Grid:
-    tried = rule.candidates(weight)
-    best = torch.ops.auto_gptq.choose_grid(weight, importance, tried.scale, tried.zero, rule.maxq)
-    rows = best.unsqueeze(0)
-    return Grid(tried.scale.gather(0, rows)[0], tried.zero.gather(0, rows)[0], rule.maxq)
+    return Grid(scale, zero, rule.maxq)
 
 
 class _Sweep:
