@@ -12,6 +12,7 @@ from ..architectures import Architecture
 from ..calibration.capture import Captured, capture
 from ..calibration.examples import Batch, merge_batches
 from ..errors import NumericsError, UnsupportedModelError
+from ..formats.gptq import ZERO_OFFSET
 from ..formats.grid import GridRule
 from ..nn_modules.qlinear.linear import check_shape
 from ..nn_modules.surgery import features, find_linears, quantized_from, replace
@@ -80,7 +81,7 @@ def solver_options(config: BaseQuantizeConfig) -> SolverOptions:
     """Translate the user's settings."""
     # Only the v1 format cannot hold a zero point of 0.
     rule = GridRule(
-        config.bits, config.sym, lowest_zero=1 if config.checkpoint_format == "gptq" else 0
+        config.bits, config.sym, lowest_zero=ZERO_OFFSET[config.checkpoint_format]
     )
     return SolverOptions(
         rule,
