@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,6 +20,22 @@ from .safetensors_file import Outgoing, write_file
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _INDEX = ".index.json"
+
+
+@dataclass(frozen=True)
+class Files:
+    """What kind of weight files to write.
+
+    :param max_shard_size: bytes, or like "2GB" or "2GiB"; None for one file
+    """
+
+    use_safetensors: bool = True
+    max_shard_size: int | str | None = None
+
+    @property
+    def extension(self) -> str:
+        """How the files' names end."""
+        return ".safetensors" if self.use_safetensors else ".bin"
 
 
 @contextmanager
@@ -51,11 +68,11 @@ def staged(folder: Path, replaces: str = "") -> Iterator[Path]:
             folder.rmdir()
 
 
-def file_pattern(base_name: str, use_safetensors: bool = True) -> str:
+def file_pattern(base_name: str, files: Files) -> str:
     """Give the pattern of all names under which weights of this base name are written."""
-    extension = "safetensors" if use_safetensors else "bin"
-    pattern = rf"{re.escape(base_name)}(-\d{{5}}-of-\d{{5}})?\.{extension}(\.index\.json)?"
-    return rf"{pattern}|model\.safetensors\.index\.json" if use_safetensors else pattern
+    extension = re.escape(files.extension)
+    pattern = rf"{re.escape(base_name)}(-\d{{5}}-of-\d{{5}})?{extension}(\.index\.json)?"
+    return rf"{pattern}|model\.safetensors\.index\.json" if files.use_safetensors else pattern
 
 
 def write_weights(
@@ -64,31 +81,28 @@ def write_weights(
     base_name: str,
     *,
     metadata: Mapping[str, str],
-    use_safetensors: bool = True,
-    max_shard_size: int | str | None = None,
+    files: Files,
 ) -> None:
     """Write named tensors as one file, or as shards of at most some size with an index.
 
     transformers opens ``model.safetensors`` or what ``model.safetensors.index.json`` lists, so an
     index of that name lets it find a file called ``gptq_model-4bit-128g.safetensors``.
-
-    :param max_shard_size: bytes, or like "2GB" or "2GiB"; None for one file
     """
-    extension = ".safetensors" if use_safetensors else ".bin"
-    shards = _shards(tensors, parse_size(max_shard_size))
-    weight_map = {}
+    extension = files.extension
+    shards = _shards(tensors, parse_size(files.max_shard_size))
+    weight_map: dict[str, str] = {}
     for i, names in enumerate(shards, 1):
         part = f"-{i:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         path = folder / f"{base_name}{part}{extension}"
         shard = {name: tensors[name] for name in names}
-        if use_safetensors:
+        if files.use_safetensors:
             write_file(path, shard, metadata)
         else:
             # Cloned: a view would drag its whole storage into the file.
             torch.save({name: tensor.get().clone() for name, tensor in shard.items()}, path)
         weight_map |= dict.fromkeys(names, path.name)
     indexed = [f"{base_name}{extension}"] if len(shards) > 1 else []
-    if use_safetensors and base_name != "model":
+    if files.use_safetensors and base_name != "model":
         indexed.append("model.safetensors")
     index = {
         "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},

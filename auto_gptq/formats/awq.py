@@ -29,7 +29,7 @@ def unpack_columns(
     """Give the codes of AWQ's words in the order of columns."""
     shifts = torch.arange(0, 32, BITS, dtype=torch.int32, device=words.device)
     codes = (words.unsqueeze(-1) >> shifts) & 0xF  # [n, N / 8, 8] in the order of bits
-    halves = codes.to(torch.uint8).unflatten(-1, (2, 4))  # even columns, odd columns
+    halves: Tensor = codes.to(torch.uint8).unflatten(-1, (2, 4))  # even columns, odd columns
     return halves.transpose(-1, -2).flatten(1)
 
 

@@ -101,7 +101,7 @@ def convert_zeros(
     zeros = unpack_zeros(qzeros, bits, added)
     if subtracted and (zeros == 0).any():
         raise CheckpointError(
-            f"{name} has {int((zeros == 0).sum())} zero points of 0, which the format 'gptq' "
+            f"{name} has {int((zeros == 0).sum())} zero points of 0, which the format {target!r} "
             "cannot hold. Save with checkpoint_format='gptq_v2'."
         )
     return _pack_zeros((zeros - subtracted) & ((1 << bits) - 1), bits)
@@ -118,6 +118,11 @@ def has_middle_zeros(qzeros: Tensor, bits: int, checkpoint_format: str) -> bool:
     """Tell whether every zero point is the middle code, as in a symmetric layer."""
     zeros = unpack_zeros(qzeros, bits, ZERO_OFFSET[checkpoint_format])
     return bool((zeros == 1 << (bits - 1)).all())
+
+
+def has_zero_zeros(qzeros: Tensor, bits: int, checkpoint_format: str) -> bool:
+    """Tell whether some zero point is 0, which v1 cannot hold."""
+    return bool((unpack_zeros(qzeros, bits, ZERO_OFFSET[checkpoint_format]) == 0).any())
 
 
 def _pack_zeros(stored: Tensor, bits: int) -> Tensor:

@@ -29,10 +29,8 @@ rows, which is how the kernel turns them into a pair of halves with one mask.  H
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
 from .packing import pack, unpack
 
 BITS = 4
@@ -67,7 +65,8 @@ def to_marlin_weight(
     """Reorder packed codes; every bit is kept."""
     (rows, columns), codes = _PIECES, unpack(qweight, BITS)
     pieces = codes.unflatten(1, columns).unflatten(0, rows).permute(_MARLIN_ORDER)
-    return pack(pieces.flatten(1).t(), BITS).t().contiguous()
+    words = pack(pieces.flatten(1).t(), BITS)
+    return words.t().contiguous()
 
 
 def from_marlin_weight(
@@ -89,15 +88,5 @@ def swap_scales(
     accumulators at the end, which threads hold in another order than weights; hence two ways.
     """
     runs = (8, 8) if scales.shape[0] > 1 else (4, 4, 2)
-    return scales.unflatten(1, (-1, *runs)).transpose(2, 3).flatten(1).contiguous()
-
-
-def check_scales(name: str, scales: Tensor) -> None:
-    """Refuse scales that are no halves: rounding them would change every weight.
-
-    :raises CheckpointError: naming the layer
-    """
-    if scales.dtype != torch.float16:
-        raise CheckpointError(
-            f"{name}.scales are {scales.dtype}; Marlin stores float16. Save as 'gptq' instead."
-        )
+    swapped: Tensor = scales.unflatten(1, (-1, *runs)).transpose(2, 3)
+    return swapped.flatten(1).contiguous()

@@ -80,9 +80,7 @@ def make_plan(model: nn.Module, architecture: Architecture, config: BaseQuantize
 def solver_options(config: BaseQuantizeConfig) -> SolverOptions:
     """Translate the user's settings."""
     # Only the v1 format cannot hold a zero point of 0.
-    rule = GridRule(
-        config.bits, config.sym, lowest_zero=ZERO_OFFSET[config.checkpoint_format]
-    )
+    rule = GridRule(config.bits, config.sym, lowest_zero=ZERO_OFFSET[config.checkpoint_format])
     return SolverOptions(
         rule,
         group_size=config.group_size,
