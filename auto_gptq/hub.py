@@ -50,3 +50,14 @@ def find_file(source: str | Path, name: str, **kwargs: Any) -> Path | None:
         return Path(hf_hub_download(str(source), name, subfolder=subfolder or None, **wanted))
     except EntryNotFoundError:
         return None
+
+
+def assets_folder(source: str | Path) -> Path:
+    """Give a folder for files made from a model: its own, or one in the Hub's cache."""
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import cached_assets_path
+
+    namespace, _, name = str(source).rpartition("/")
+    return cached_assets_path("auto_gptq", namespace=namespace or "default", subfolder=name)

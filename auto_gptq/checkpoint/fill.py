@@ -93,7 +93,8 @@ def _take_buffer(
     layer: QuantLinear, buffer: str, decode: Callable[[Tensor], Tensor], tensor: Tensor
 ) -> None:
     if buffer == "g_idx":  # some tools write int64; what does not fit int32 must stay out of range
-        tensor = tensor.clamp(-1, torch.iinfo(torch.int32).max).to(torch.int32)
+        limits = torch.iinfo(torch.int32)
+        tensor = tensor.long().clamp(limits.min, limits.max).to(torch.int32)
     setattr(layer, buffer, decode(tensor))  # scales keep the precision they are stored in
 
 

@@ -17,7 +17,12 @@ from ..checkpoint.writer import Files, file_pattern, staged, write_weights
 from ..errors import ConfigError
 from ..formats.gptq import has_middle_zeros, has_zero_zeros
 from ..nn_modules.qlinear.linear import QuantLinear
-from ..quantization.config import CHECKPOINT_FORMAT, QUANT_METHOD, BaseQuantizeConfig
+from ..quantization.config import (
+    CHECKPOINT_FORMAT,
+    ORDERLESS,
+    QUANT_METHOD,
+    BaseQuantizeConfig,
+)
 from .carry import Source, carry_files
 from .legacy_config import with_legacy_keys
 from .load import default_base_name
@@ -83,7 +88,7 @@ def saved_config(
     return replace(
         config,
         sym=sym,
-        desc_act=config.desc_act and not config.static_groups,
+        desc_act=config.desc_act and not config.static_groups and target not in ORDERLESS,
         quant_method=QUANT_METHOD.GPTQ,
         checkpoint_format=target,
         model_name_or_path=None,
@@ -126,6 +131,7 @@ def _model_config(model: PreTrainedModel, settings: BaseQuantizeConfig) -> str:
     config = copy.deepcopy(model.config)
     config.quantization_config = settings.to_dict()
     written = with_legacy_keys(json.loads(config.to_json_string(use_diff=False)))
+    written.pop("_name_or_path", None)  # a path of this machine, if anything
     return json.dumps(written, indent=2, sort_keys=True) + "\n"
 
 

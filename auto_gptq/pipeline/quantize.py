@@ -11,12 +11,13 @@ from torch import nn
 from ..architectures import Architecture
 from ..calibration.capture import Captured, capture
 from ..calibration.examples import Batch, merge_batches
-from ..errors import NumericsError, UnsupportedModelError
+from ..errors import ModuleShapeError, NumericsError, UnsupportedModelError
 from ..formats.gptq import ZERO_OFFSET
 from ..formats.grid import GridRule
+from ..formats.marlin import find_obstacle
 from ..nn_modules.qlinear.linear import check_shape
 from ..nn_modules.surgery import features, find_linears, quantized_from, replace
-from ..quantization.config import BaseQuantizeConfig
+from ..quantization.config import CHECKPOINT_FORMAT, BaseQuantizeConfig
 from ..quantization.solver import SolverOptions
 from .block import Feed, Solved, propagate, solve_step
 from .one_pass import fits_one_pass, reading_groups, solve_in_one_pass
@@ -68,6 +69,8 @@ def make_plan(model: nn.Module, architecture: Architecture, config: BaseQuantize
         for name in (name for step in present for name in step):
             full_name = f"{architecture.blocks}.{i}.{name}"
             check_shape(full_name, *features(linears[name]), config.group_size)
+            if config.checkpoint_format == CHECKPOINT_FORMAT.MARLIN:
+                _check_marlin(full_name, linears[name], config)
         steps.append([step for step in present if step])
     plan = Plan(blocks, architecture.blocks, steps)
     if not plan.module_count:
@@ -75,6 +78,20 @@ def make_plan(model: nn.Module, architecture: Architecture, config: BaseQuantize
             f"No block of {type(model).__name__} has any of the linears {architecture.steps}."
         )
     return plan
+
+
+def _check_marlin(name: str, linear: nn.Module, config: BaseQuantizeConfig) -> None:
+    """Refuse now what could not be saved as Marlin after hours of work."""
+    in_features, out_features = features(linear)
+    obstacle = find_obstacle(config.bits, in_features, out_features, config.group_size, config.sym)
+    scattered = config.desc_act and not config.static_groups
+    if obstacle is None and scattered and config.group_size not in (-1, in_features):
+        obstacle = "desc_act without static_groups scatters its groups"
+    if obstacle is not None:
+        raise ModuleShapeError(
+            f"{name} cannot be saved as 'marlin': {obstacle}. "
+            "Change that setting, or use checkpoint_format='gptq'."
+        )
 
 
 def solver_options(config: BaseQuantizeConfig) -> SolverOptions:
