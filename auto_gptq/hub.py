@@ -84,3 +84,14 @@ def _is_cached(repo_id: str, subfolder: str, wanted: dict[str, Any]) -> bool:
     where = {name: wanted[name] for name in ("cache_dir", "revision") if name in wanted}
     name = f"{subfolder}/config.json" if subfolder else "config.json"
     return isinstance(try_to_load_from_cache(repo_id, name, **where), str)
+
+
+def assets_folder(source: str | Path) -> Path:
+    """Give a folder for files made from a model: its own, or one in the Hub's cache."""
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import cached_assets_path
+
+    namespace, _, name = str(source).rpartition("/")
+    return cached_assets_path("auto_gptq", namespace=namespace or "default", subfolder=name)

@@ -13,12 +13,14 @@ from torch import nn
 from .._version import __version__
 from ..architectures import Architecture, find
 from ..calibration.examples import make_batches
+from ..checkpoint.writer import Files
 from ..errors import QuantizedStateError
 from ..pipeline.quantize import quantize_model
 from ..pipeline.report import ModuleReport
 from ..quantization.config import QUANTIZE_BLACK_LIST, BaseQuantizeConfig
 from . import load
 from ._const import SUPPORTED_MODELS
+from .carry import Source, load_generation_config
 from .place import place
 from .save import save_checkpoint
 
@@ -60,6 +62,7 @@ class BaseGPTQForCausalLM(nn.Module):
         self.report: list[ModuleReport] = []  # filled by quantize()
         self.calibration_rows = 0  # filled by quantize()
         self.perplexity: dict[str, float] = {}  # yours to fill: text → value, for the model card
+        self._source: Source | None = None  # where the model came from, if it was loaded
 
     @property
     def quantized(self) -> bool:
@@ -160,10 +163,18 @@ class BaseGPTQForCausalLM(nn.Module):
         save_dir: str | Path,
         use_safetensors: bool = True,
         safetensors_metadata: dict[str, Any] | None = None,
+        *,
+        max_shard_size: int | str | None = None,
+        checkpoint_format: str | None = None,
     ) -> None:
         """Write the packed model into a folder that AutoGPTQ, transformers and vLLM can read.
 
+        The tokenizer's files come along from where the model was loaded.
+
+        :param max_shard_size: most bytes a file, or like "2GB"; None for one file
+        :param checkpoint_format: "gptq", "gptq_v2" or "marlin"; None for that of the settings
         :raises QuantizedStateError: (an EnvironmentError) if the model is not quantized
+        :raises CheckpointError: (a ValueError) naming the layer that the format cannot hold
         """
         if not self.quantized:
             raise QuantizedStateError("The model is not quantized yet; call quantize() first.")
@@ -172,8 +183,10 @@ class BaseGPTQForCausalLM(nn.Module):
             self.quantize_config,
             save_dir,
             version=__version__,
-            use_safetensors=use_safetensors,
+            files=Files(use_safetensors, max_shard_size),
             safetensors_metadata=safetensors_metadata,
+            checkpoint_format=checkpoint_format,
+            source=self._source,
         )
         self.quantize_config.model_name_or_path = str(save_dir)
 
@@ -182,10 +195,14 @@ class BaseGPTQForCausalLM(nn.Module):
         save_dir: str | Path,
         use_safetensors: bool = True,
         safetensors_metadata: dict[str, Any] | None = None,
-        **_kwargs: Any,
+        **kwargs: Any,
     ) -> None:
-        """Do what :meth:`save_quantized` does, under transformers' name."""
-        self.save_quantized(save_dir, use_safetensors, safetensors_metadata)
+        """Do what :meth:`save_quantized` does, under transformers' name.
+
+        Of its other arguments only ``max_shard_size`` and ``checkpoint_format`` mean anything.
+        """
+        known = {k: kwargs[k] for k in ("max_shard_size", "checkpoint_format") if k in kwargs}
+        self.save_quantized(save_dir, use_safetensors, safetensors_metadata, **known)
 
     def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         """Upload the saved model to the Hub: see :func:`.publish.push_to_hub`."""
@@ -214,6 +231,7 @@ class BaseGPTQForCausalLM(nn.Module):
             pretrained_model_name_or_path, torch_dtype, trust_remote_code, **model_init_kwargs
         )
         wrapper = cls(model, False, quantize_config)
+        wrapper._source = Source.of(pretrained_model_name_or_path, model_init_kwargs)
         wrapper._set_seqlen()
         return wrapper
 
@@ -265,10 +283,12 @@ class BaseGPTQForCausalLM(nn.Module):
             fast_half = torch.cuda.is_available() and not on_cpu
             torch_dtype = torch.float16 if fast_half else torch.float32
         model = load.load_packed(model_config, weights, settings, torch_dtype, trust_remote_code)
+        load_generation_config(model, Source.of(model_name_or_path, kwargs))
         place(model, device, device_map, max_memory)
         settings.model_name_or_path = str(model_name_or_path)
         settings.model_file_base_name = weights.base_name
         wrapper = cls(model, True, settings, trainable=trainable)
+        wrapper._source = Source.of(model_name_or_path, kwargs)
         wrapper._set_seqlen()
         return wrapper
 

@@ -12,11 +12,13 @@ from torch import nn
 from ..architectures import Architecture
 from ..calibration.capture import BlockCall, Captured, capture, capture_head
 from ..calibration.examples import Batch, merge_batches
-from ..errors import NumericsError, UnsupportedModelError
+from ..errors import ModuleShapeError, NumericsError, UnsupportedModelError
+from ..formats.gptq import ZERO_OFFSET
 from ..formats.grid import GridRule
+from ..formats.marlin import find_obstacle
 from ..nn_modules.qlinear.linear import check_shape
 from ..nn_modules.surgery import features, find_linears, output_head, quantized_from, replace, untie
-from ..quantization.config import BaseQuantizeConfig
+from ..quantization.config import CHECKPOINT_FORMAT, BaseQuantizeConfig
 from ..quantization.dynamic import find_pattern
 from ..quantization.solver import SolverOptions
 from .block import Feed, Solved, propagate, solve_step
@@ -95,6 +97,8 @@ def _checked(name: str, linear: nn.Module, config: BaseQuantizeConfig) -> BaseQu
     settings = config.settings_for(name)
     if settings is not None:
         check_shape(name, *features(linear), settings.group_size)
+        if settings.checkpoint_format == CHECKPOINT_FORMAT.MARLIN:
+            _check_marlin(name, linear, settings)
     return settings
 
 
@@ -126,12 +130,24 @@ def _warn_of_idle_patterns(model: nn.Module, config: BaseQuantizeConfig) -> None
         )
 
 
+def _check_marlin(name: str, linear: nn.Module, config: BaseQuantizeConfig) -> None:
+    """Refuse now what could not be saved as Marlin after hours of work."""
+    in_features, out_features = features(linear)
+    obstacle = find_obstacle(config.bits, in_features, out_features, config.group_size, config.sym)
+    scattered = config.desc_act and not config.static_groups
+    if obstacle is None and scattered and config.group_size not in (-1, in_features):
+        obstacle = "desc_act without static_groups scatters its groups"
+    if obstacle is not None:
+        raise ModuleShapeError(
+            f"{name} cannot be saved as 'marlin': {obstacle}. "
+            "Change that setting, or use checkpoint_format='gptq'."
+        )
+
+
 def solver_options(config: BaseQuantizeConfig) -> SolverOptions:
     """Translate the user's settings."""
     # Only the v1 format cannot hold a zero point of 0.
-    rule = GridRule(
-        config.bits, config.sym, lowest_zero=1 if config.checkpoint_format == "gptq" else 0
-    )
+    rule = GridRule(config.bits, config.sym, lowest_zero=ZERO_OFFSET[config.checkpoint_format])
     return SolverOptions(
         rule,
         group_size=config.group_size,

@@ -48,8 +48,12 @@ QUANTIZE_BLACK_LIST = {QUANT_METHOD.AWQ}  # can be read, not made
 QUANT_CONFIG_ARG_SYNONYMS = {"w_bit": "bits", "q_group_size": "group_size"}
 
 # Formats whose tensors cannot hold an activation order.
-_ORDERLESS = {CHECKPOINT_FORMAT.MARLIN, CHECKPOINT_FORMAT.AWQ_GEMM}
+ORDERLESS = {CHECKPOINT_FORMAT.MARLIN, CHECKPOINT_FORMAT.AWQ_GEMM}
 _ALL_FORMATS = set().union(*QUANT_METHOD_FORMAT_MAPPING.values())
+# What AWQ's tools call their other layouts, which nothing here can read.
+_FOREIGN_VERSIONS = {"gemv", "gemv_fast", "llm-awq", "exllama", "ipex", "marlin"}
+# Keys that are understood without being settings.
+_READ_BESIDES = {"version", "zero_point", "format", CHECKPOINT_FORMAT_FIELD_COMPAT_MARLIN}
 # Where a configuration may lie in a model folder, in the order of trying.
 _CONFIG_FILES = (QUANT_CONFIG_FILENAME, "quant_config.json", "config.json")
 
@@ -147,6 +151,18 @@ class BaseQuantizeConfig:
         path = Path(save_dir) / QUANT_CONFIG_FILENAME
         path.write_text(json.dumps(self.to_dict(), indent=2), encoding="utf-8")
 
+    def get_cache_file_path(
+        self, quant_method: str | None = None, checkpoint_format: str | None = None
+    ) -> tuple[str, bool]:
+        """Give the path at which AutoGPTQ kept a converted checkpoint, and whether it is there.
+
+        Nothing is converted ahead here: each tensor is while it is read.
+        """
+        method = quant_method or self.quant_method
+        name = f"autogptq_model_{method}_{checkpoint_format or self.checkpoint_format}.safetensors"
+        path = hub.assets_folder(self.model_name_or_path or ".") / name
+        return str(path), path.is_file()
+
     @classmethod
     def from_quant_config(
         cls, quantize_cfg: dict[str, Any], checkpoint_format: str | None = None
@@ -161,13 +177,14 @@ class BaseQuantizeConfig:
         settings |= _method_and_format(given, checkpoint_format)
         if settings.get("dynamic") is not None:
             settings["dynamic"] = known_settings_only(settings["dynamic"]) or None
-        if settings[CHECKPOINT_FORMAT_FIELD] in _ORDERLESS:
+        if settings[CHECKPOINT_FORMAT_FIELD] in ORDERLESS:
             settings["desc_act"] = False
+        if settings[QUANT_METHOD_FIELD] == QUANT_METHOD.AWQ:
+            _check_awq(settings)
+            settings.setdefault("sym", not given.get("zero_point", True))
         if "sym" not in settings:
             logger.warning("The quantization config does not say `sym`; taking symmetric.")
-        unknown = sorted(
-            set(given) - set(cls.__dataclass_fields__) - {"version", "is_marlin_format"}
-        )
+        unknown = sorted(set(given) - set(cls.__dataclass_fields__) - _READ_BESIDES)
         if unknown:
             logger.info("Ignoring quantization settings that are not known here: %s", unknown)
         return cls(**settings)
@@ -199,7 +216,8 @@ class BaseQuantizeConfig:
 def _method_and_format(given: dict[str, Any], wanted_format: str | None) -> dict[str, str]:
     """Find out method and format from the several ways in which tools write them down."""
     method = str(given.get(QUANT_METHOD_FIELD) or QUANT_METHOD.GPTQ).lower()
-    checkpoint_format = given.get(CHECKPOINT_FORMAT_FIELD)
+    # GPTQModel has begun to call it `format`.
+    checkpoint_format = given.get(CHECKPOINT_FORMAT_FIELD) or given.get("format")
     if checkpoint_format is not None and wanted_format is not None:
         raise ConfigError(
             f"The configuration says checkpoint_format {checkpoint_format!r}, so "
@@ -212,7 +230,7 @@ def _method_and_format(given: dict[str, Any], wanted_format: str | None) -> dict
         )
     if method == CHECKPOINT_FORMAT.MARLIN or given.get(CHECKPOINT_FORMAT_FIELD_COMPAT_MARLIN):
         method, checkpoint_format = QUANT_METHOD.GPTQ, CHECKPOINT_FORMAT.MARLIN
-    elif str(given.get("version")).lower() == CHECKPOINT_FORMAT.AWQ_GEMM:
+    elif _is_awq_gemm(method, given):
         method, checkpoint_format = QUANT_METHOD.AWQ, CHECKPOINT_FORMAT.AWQ_GEMM
     if method not in QUANT_METHOD_FORMAT_MAPPING:
         raise ConfigError(
@@ -222,6 +240,29 @@ def _method_and_format(given: dict[str, Any], wanted_format: str | None) -> dict
         checkpoint_format = CHECKPOINT_FORMAT.GPTQ
         logger.info("The quantization config names no checkpoint_format; taking 'gptq'.")
     return {QUANT_METHOD_FIELD: method, CHECKPOINT_FORMAT_FIELD: checkpoint_format}
+
+
+def _is_awq_gemm(method: str, given: dict[str, Any]) -> bool:
+    """Tell whether this is AWQ in its usual layout; without a version AWQ means that one."""
+    version = str(given.get("version") or "").lower()
+    is_awq = method == QUANT_METHOD.AWQ
+    if version != CHECKPOINT_FORMAT.AWQ_GEMM and (
+        version in _FOREIGN_VERSIONS or (is_awq and version)
+    ):
+        raise ConfigError(
+            f"The checkpoint is in AWQ's layout {version!r}, which cannot be read; "
+            f"only {CHECKPOINT_FORMAT.AWQ_GEMM!r} can. Convert it with the tool that made it."
+        )
+    return version == CHECKPOINT_FORMAT.AWQ_GEMM or (
+        is_awq and not given.get(CHECKPOINT_FORMAT_FIELD)
+    )
+
+
+def _check_awq(settings: dict[str, Any]) -> None:
+    if settings.get("bits", 4) != 4:
+        raise ConfigError(
+            f"An AWQ checkpoint has 4 bits; the configuration says {settings['bits']}."
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
