@@ -45,11 +45,12 @@ def solve_step(
     block: nn.Module,
     linears: Mapping[str, nn.Module],
     feed: Feed,
-    options: SolverOptions,
+    options: Mapping[str, SolverOptions],  # by the names of the linears
 ) -> Iterator[Solved]:
     """Solve the linears of one step, and leave their dequantized weights in the block.
 
-    Linears that read the same tensor share one Hessian and one factorization.
+    Linears that read the same tensor share one Hessian, and those with the same options also one
+    factorization.
     """
     collector = _Collector(linears)
     with collector.hooked():
@@ -57,9 +58,8 @@ def solve_step(
             collector.keep = keep
             collector.run(block, hidden, call)
     for sharing in collector.sharing:
-        yield from solve_together(
-            {name: linears[name] for name in sharing.names}, sharing.hessian, options
-        )
+        together = {name: linears[name] for name in sharing.names}
+        yield from solve_together(together, sharing.hessian, options)
     for name, linear in linears.items():
         if name not in collector.seen:
             logger.warning("%s saw no calibration token; its weights are only rounded.", name)
@@ -98,9 +98,20 @@ def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
 
 
 def solve_together(
+    linears: Mapping[str, nn.Module],
+    hessian: Hessian,
+    options: Mapping[str, SolverOptions],  # by the names of the linears
+) -> Iterator[Solved]:
+    """Solve linears of one input, those with the same options as one."""
+    for alike in dict.fromkeys(options[name] for name in linears):
+        stacked = {name: linear for name, linear in linears.items() if options[name] == alike}
+        yield from _solve_stacked(stacked, hessian, alike)
+
+
+def _solve_stacked(
     linears: Mapping[str, nn.Module], hessian: Hessian, options: SolverOptions
 ) -> Iterator[Solved]:
-    """Solve linears of one input as one tall matrix, then part them again."""
+    """Solve linears as one tall matrix, then part them again."""
     started = time.perf_counter()
     mean = hessian.mean()
     weights = {name: dense_weight(linear).float() for name, linear in linears.items()}

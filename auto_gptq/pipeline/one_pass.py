@@ -70,7 +70,7 @@ def solve_in_one_pass(
     linears: Mapping[str, nn.Module],
     groups: Sequence[Sequence[str]],
     feed: Feed,
-    options: SolverOptions,
+    options: Mapping[str, SolverOptions],  # by the names of the linears
     threads: ThreadPoolExecutor,
 ) -> Iterator[Solved]:
     """Solve all linears of a block and replace the hidden states by the quantized block's outputs.
