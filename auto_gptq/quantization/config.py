@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import InitVar, asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ QUANT_METHOD_FORMAT_MAPPING = {
 QUANTIZE_BLACK_LIST = {QUANT_METHOD.AWQ}  # can be read, not made
 QUANT_CONFIG_ARG_SYNONYMS = {"w_bit": "bits", "q_group_size": "group_size"}
 
+# Fields of 0.7.1.
+_OLD_SPELLINGS = (CHECKPOINT_FORMAT_FIELD_COMPAT_MARLIN, "awq_gemm_checkpoint")
 # Formats whose tensors cannot hold an activation order.
 _ORDERLESS = {CHECKPOINT_FORMAT.MARLIN, CHECKPOINT_FORMAT.AWQ_GEMM}
 _ALL_FORMATS = set().union(*QUANT_METHOD_FORMAT_MAPPING.values())
@@ -69,6 +71,8 @@ class BaseQuantizeConfig:
     :param model_name_or_path: where the quantized model came from or was saved to
     :param model_file_base_name: file name of the weights without its extension
     :param scale_search: choose the scales by the error they cause; False for AutoGPTQ's min-max
+    :param is_marlin_format: 0.7.1's way to say ``checkpoint_format="marlin"``
+    :param awq_gemm_checkpoint: 0.7.1's way to say AWQ's format "gemm"
     :raises ConfigError: (a ValueError) if a value cannot work
     """
 
@@ -84,8 +88,15 @@ class BaseQuantizeConfig:
     model_name_or_path: str | None = None
     model_file_base_name: str | None = None
     scale_search: bool = True
+    is_marlin_format: InitVar[bool] = False
+    awq_gemm_checkpoint: InitVar[bool] = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, is_marlin_format: bool, awq_gemm_checkpoint: bool) -> None:
+        if is_marlin_format:
+            self.checkpoint_format = CHECKPOINT_FORMAT.MARLIN
+        elif awq_gemm_checkpoint:
+            self.quant_method = QUANT_METHOD.AWQ
+            self.checkpoint_format = CHECKPOINT_FORMAT.AWQ_GEMM
         if self.bits not in (2, 3, 4, 8):
             raise ConfigError(f"bits is {self.bits!r}; it must be 2, 3, 4 or 8.")
         if self.group_size != -1 and not self.group_size > 0:
@@ -127,6 +138,27 @@ class BaseQuantizeConfig:
         path = Path(save_dir) / QUANT_CONFIG_FILENAME
         path.write_text(json.dumps(self.to_dict(), indent=2), encoding="utf-8")
 
+    def get_cache_file_path(
+        self, quant_method: str | None = None, checkpoint_format: str | None = None
+    ) -> tuple[Path, bool]:
+        """Give where AutoGPTQ kept a converted copy of the weights, and whether it is there.
+
+        :raises ConfigError: (a ValueError) if nobody knows where the model came from
+        """
+        if self.model_name_or_path is None:
+            raise ConfigError(
+                "model_name_or_path is None; it is set by from_quantized() and save_quantized()."
+            )
+        method, layout = quant_method or self.quant_method, checkpoint_format
+        folder = Path(self.model_name_or_path)
+        if not folder.is_dir():
+            from huggingface_hub import cached_assets_path
+
+            namespace, _, name = self.model_name_or_path.rpartition("/")
+            folder = cached_assets_path("auto_gptq", namespace or "default", name)
+        file = folder / f"autogptq_model_{method}_{layout or self.checkpoint_format}.safetensors"
+        return file, file.is_file()
+
     @classmethod
     def from_quant_config(
         cls, quantize_cfg: dict[str, Any], checkpoint_format: str | None = None
@@ -138,14 +170,14 @@ class BaseQuantizeConfig:
         given = {key.lower(): value for key, value in quantize_cfg.items()}
         given = {QUANT_CONFIG_ARG_SYNONYMS.get(key, key): value for key, value in given.items()}
         settings = {k: v for k, v in given.items() if k in cls.__dataclass_fields__}
+        for spelling in _OLD_SPELLINGS:
+            settings.pop(spelling, None)
         settings |= _method_and_format(given, checkpoint_format)
         if settings[CHECKPOINT_FORMAT_FIELD] in _ORDERLESS:
             settings["desc_act"] = False
         if "sym" not in settings:
             logger.warning("The quantization config does not say `sym`; taking symmetric.")
-        unknown = sorted(
-            set(given) - set(cls.__dataclass_fields__) - {"version", "is_marlin_format"}
-        )
+        unknown = sorted(set(given) - set(cls.__dataclass_fields__) - {"version", *_OLD_SPELLINGS})
         if unknown:
             logger.info("Ignoring quantization settings that are not known here: %s", unknown)
         return cls(**settings)
@@ -190,7 +222,10 @@ def _method_and_format(given: dict[str, Any], wanted_format: str | None) -> dict
         )
     if method == CHECKPOINT_FORMAT.MARLIN or given.get(CHECKPOINT_FORMAT_FIELD_COMPAT_MARLIN):
         method, checkpoint_format = QUANT_METHOD.GPTQ, CHECKPOINT_FORMAT.MARLIN
-    elif str(given.get("version")).lower() == CHECKPOINT_FORMAT.AWQ_GEMM:
+    elif (
+        given.get("awq_gemm_checkpoint")
+        or str(given.get("version")).lower() == CHECKPOINT_FORMAT.AWQ_GEMM
+    ):
         method, checkpoint_format = QUANT_METHOD.AWQ, CHECKPOINT_FORMAT.AWQ_GEMM
     if method not in QUANT_METHOD_FORMAT_MAPPING:
         raise ConfigError(
