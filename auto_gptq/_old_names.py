@@ -58,8 +58,6 @@ _QLINEAR = {
     "qlinear_exllama": "QuantLinearExllama",
     "qlinear_exllamav2": "QuantLinearExllamaV2",
     "qlinear_marlin": "QuantLinearMarlin",
-    "qlinear_triton": "QuantLinearTriton",
-    "qlinear_tritonv2": "QuantLinearTritonV2",
 }
 _RETIRED = ".nn_modules.retired"
 _SELECT = ".nn_modules.qlinear.select"
@@ -81,6 +79,18 @@ _PEFT_NAMES = (
     "GPTQLoraConfig GPTQLoraModel GPTQAdaLoraConfig GPTQAdaLoraModel find_all_linear_names "
     "get_gptq_peft_model"
 )
+_CONFIG_NAMES = (
+    "BaseQuantizeConfig CHECKPOINT_FORMAT CHECKPOINT_FORMAT_FIELD "
+    "CHECKPOINT_FORMAT_FIELD_COMPAT_MARLIN QUANT_CONFIG_FILENAME QUANT_METHOD QUANT_METHOD_FIELD"
+)
+_FLAGS = (
+    "TRITON_AVAILABLE AUTOGPTQ_CUDA_AVAILABLE EXLLAMA_KERNELS_AVAILABLE "
+    "EXLLAMAV2_KERNELS_AVAILABLE QIGEN_AVAILABLE MARLIN_AVAILABLE"
+)
+_TRITON = (
+    "QuantLinearFunction QuantLinearInferenceOnlyFunction quant_matmul_248 "
+    "quant_matmul_inference_only_248 transpose_quant_matmul_248"
+)
 _FUSED_BASES = "FusedBaseModule FusedBaseAttentionModule FusedBaseMLPModule"
 
 # Old module → {new home: names}; `old=new` where the name itself has changed.
@@ -101,14 +111,16 @@ TABLE: dict[str, dict[str, str]] = {
     "modeling._base": {
         _UTILS: f"{_HELPERS} nested_move_to_device get_checkpoints",
         _CONST: "CPU CUDA_0",
+        _AVAILABLE: _FLAGS,
+        _SELECT: "dynamically_import_QuantLinear",
+        ".quantization.config": _CONFIG_NAMES,
         ".quantization.gptq": "GPTQ",
+        "accelerate": "load_checkpoint_in_model",
     },
     "modeling._utils": {_CONST: "CPU CUDA_0 EXLLAMA_DEFAULT_MAX_INPUT_LENGTH"},
     **{f"modeling.{file}": {".modeling.wrappers": name} for file, name in _CLASSES.items()},
     "quantization": {
-        ".quantization.config": "BaseQuantizeConfig CHECKPOINT_FORMAT CHECKPOINT_FORMAT_FIELD "
-        "CHECKPOINT_FORMAT_FIELD_COMPAT_MARLIN QUANT_CONFIG_FILENAME QUANT_METHOD "
-        "QUANT_METHOD_FIELD",
+        ".quantization.config": _CONFIG_NAMES,
         ".quantization.gptq": "GPTQ",
         ".quantization.quantizer": "Quantizer quantize",
     },
@@ -123,8 +135,7 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "nn_modules.qlinear.qlinear_triton": {
         _VARIANTS: "QuantLinear=QuantLinearTriton",
-        _MATMUL: "QuantLinearFunction QuantLinearInferenceOnlyFunction quant_matmul_248 "
-        "quant_matmul_inference_only_248 transpose_quant_matmul_248",
+        _MATMUL: _TRITON,
     },
     "nn_modules.qlinear.qlinear_tritonv2": {
         _VARIANTS: "QuantLinear=QuantLinearTritonV2",
@@ -136,10 +147,7 @@ TABLE: dict[str, dict[str, str]] = {
     "nn_modules.triton_utils.dequant": {
         _MATMUL: "dequant248 quant_matmul_248 QuantLinearFunction",
     },
-    "nn_modules.triton_utils.kernels": {
-        _MATMUL: "QuantLinearFunction QuantLinearInferenceOnlyFunction quant_matmul_248 "
-        "quant_matmul_inference_only_248 transpose_quant_matmul_248",
-    },
+    "nn_modules.triton_utils.kernels": {_MATMUL: _TRITON},
     "nn_modules.triton_utils.mixin": {_VARIANTS: "TritonModuleMixin"},
     "nn_modules._fused_base": {_RETIRED: _FUSED_BASES},
     "nn_modules.fused_llama_attn": {_RETIRED: "FusedLlamaAttentionForQuantizedModel"},
@@ -148,9 +156,8 @@ TABLE: dict[str, dict[str, str]] = {
     "utils": {".evaluation.perplexity": "Perplexity"},
     "utils.import_utils": {
         _SELECT: "dynamically_import_QuantLinear",
-        _AVAILABLE: "TRITON_AVAILABLE AUTOGPTQ_CUDA_AVAILABLE EXLLAMA_KERNELS_AVAILABLE "
-        "EXLLAMAV2_KERNELS_AVAILABLE QIGEN_AVAILABLE QIGEN_EXCEPTION MARLIN_AVAILABLE "
-        "MARLIN_EXCEPTION compare_transformers_version compare_pytorch_version",
+        _AVAILABLE: f"{_FLAGS} QIGEN_EXCEPTION MARLIN_EXCEPTION compare_transformers_version "
+        "compare_pytorch_version",
     },
     "utils.exllama_utils": {_UTILS: "exllama_set_max_input_length"},
     "utils.peft_utils": {

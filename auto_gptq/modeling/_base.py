@@ -24,7 +24,7 @@ from ..quantization.config import QUANTIZE_BLACK_LIST, BaseQuantizeConfig
 from . import load
 from ._const import SUPPORTED_MODELS
 from ._utils import check_supported
-from .options import as_dtype, for_transformers, note_meaningless, note_unknown
+from .options import as_dtype, as_settings, for_transformers, note_meaningless, note_unknown
 from .place import place
 from .save import save_checkpoint
 
@@ -61,7 +61,7 @@ class BaseGPTQForCausalLM(nn.Module):
         self,
         model: PreTrainedModel,
         quantized: bool,
-        quantize_config: BaseQuantizeConfig,
+        quantize_config: BaseQuantizeConfig | dict[str, Any],
         is_triton_backend: bool = False,
         injected_fused_attention: bool = False,
         injected_fused_mlp: bool = False,
@@ -71,6 +71,8 @@ class BaseGPTQForCausalLM(nn.Module):
         self.model: PreTrainedModel = model
         self.model_type = model.config.model_type
         self._quantized = quantized
+        if isinstance(quantize_config, dict):
+            quantize_config = BaseQuantizeConfig.from_quant_config(quantize_config)
         self.quantize_config = quantize_config
         self.config: PretrainedConfig = model.config
         self.is_triton_backend = is_triton_backend
@@ -241,7 +243,7 @@ class BaseGPTQForCausalLM(nn.Module):
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
-        quantize_config: BaseQuantizeConfig,
+        quantize_config: BaseQuantizeConfig | dict[str, Any],
         max_memory: dict[Any, Any] | None = None,
         trust_remote_code: bool = False,
         torch_dtype: torch.dtype = torch.float16,
@@ -311,7 +313,7 @@ class BaseGPTQForCausalLM(nn.Module):
         check_supported(model_config.model_type, SUPPORTED_MODELS)
         if kwargs.get("attn_implementation"):
             model_config._attn_implementation = kwargs["attn_implementation"]
-        settings = _settings(quantize_config, model_name_or_path, checkpoint_format, kwargs)
+        settings = as_settings(quantize_config, model_name_or_path, checkpoint_format, kwargs)
         weights = load.find_quantized_weights(
             model_name_or_path, settings, model_basename, use_safetensors, **kwargs
         )
@@ -377,18 +379,3 @@ class BaseGPTQForCausalLM(nn.Module):
             if isinstance(first, int) and first >= 0:
                 return first
         return 0
-
-
-def _settings(
-    given: BaseQuantizeConfig | dict[str, Any] | None,
-    source: str | Path,
-    checkpoint_format: str | None,
-    kwargs: dict[str, Any],
-) -> BaseQuantizeConfig:
-    if given is None:
-        return BaseQuantizeConfig.from_pretrained(
-            source, checkpoint_format=checkpoint_format, **kwargs
-        )
-    if isinstance(given, dict):
-        return BaseQuantizeConfig.from_quant_config(given, checkpoint_format)
-    return given

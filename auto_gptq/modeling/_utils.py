@@ -137,7 +137,8 @@ def make_quant(
             trainable=trainable,
             weight_dtype=linear.weight.dtype,
         )
-        layer.to(get_device(linear))
+        layer.device = get_device(linear)
+        layer.to(layer.device)
         layers.append((full_name.removeprefix(f"{name}.") if name else full_name, layer))
     replace(module, layers)
 

@@ -32,7 +32,7 @@ class AutoGPTQForCausalLM:
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
-        quantize_config: BaseQuantizeConfig,
+        quantize_config: BaseQuantizeConfig | dict[str, Any],
         max_memory: dict[Any, Any] | None = None,
         trust_remote_code: bool = False,
         **model_init_kwargs: Any,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import QuantizedStateError
+from ..errors import ConfigError, QuantizedStateError
 from ..formats.grid import GridRule
 from .quantizer import Quantizer
 from .solver import SolverOptions, solve
@@ -67,12 +67,14 @@ class GPTQ:
 
         :param blocksize: AutoGPTQ's; the solver chooses its own
         :return: scales ``[N, G]`` fp32, zeros ``[N, G]`` fp32, g_idx ``[K]`` int32
+        :raises ConfigError: (a ValueError) before ``quantizer.configure``
         :raises QuantizedStateError: (an OSError) when called again
         """
-        kind = self.quantizer
-        bits, symmetric = (kind.bits, kind.sym) if kind.enabled() else (4, True)
+        grid = self.quantizer
+        if not grid.enabled():
+            raise ConfigError("Choose a width first: gptq.quantizer.configure(bits=4, sym=True).")
         options = SolverOptions(
-            GridRule(bits, symmetric, scale_dtype=torch.float32),
+            GridRule(grid.bits, grid.sym, scale_dtype=torch.float32),
             group_size=group_size,
             damp_percent=percdamp,
             act_order=actorder,

@@ -417,7 +417,7 @@ def test_arguments_that_mean_nothing_are_named_in_the_log_once(
             checkpoint, device="cpu", disable_exllama=True, strict=False, use_flash_attn=True
         )
     said = [record.getMessage() for record in caplog.records]
-    assert sum("disable_exllama=True" in line for line in said) == 1
+    assert sum("disable_exllama=True has no effect" in line for line in said) == 1
     assert sum("strict, use_flash_attn" in line for line in said) == 2
     assert all(record.levelno == logging.INFO for record in caplog.records)
 
@@ -428,6 +428,12 @@ def test_attention_and_dtype_are_passed_on_to_transformers(checkpoint: Path) -> 
     )
     assert model.config._attn_implementation == "eager"
     assert model.dtype == torch.bfloat16
+
+
+def test_settings_may_be_a_plain_dict(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    wrapper = AutoGPTQForCausalLM.from_pretrained(tmp_path, SETTINGS)
+    assert wrapper.quantize_config.group_size == 32
 
 
 def test_from_pretrained_takes_arguments_of_old_transformers(tmp_path: Path) -> None:

@@ -91,6 +91,11 @@ def test_solving_twice_is_refused() -> None:
     gptq.free()
 
 
+def test_solving_without_a_width_is_refused() -> None:
+    with pytest.raises(ValueError, match="configure"):
+        GPTQ(nn.Linear(32, 32)).fasterquant()
+
+
 def test_half_precision_layers_keep_their_dtype() -> None:
     layer = nn.Linear(64, 32).half()
     gptq = calibrated(layer, torch.randn(2, 30, 64).half())

@@ -81,6 +81,7 @@ class OldQuantLinear(QuantLinear, TritonModuleMixin, metaclass=_OneKind):
     """A QuantLinear with the constructor and the attributes of one of AutoGPTQ's classes."""
 
     variant: Variant
+    device: torch.device | None = None  # set by make_quant and by optimum; a note, no more
 
     def __init__(
         self,
