@@ -220,7 +220,7 @@ class _OldModules(MetaPathFinder, Loader):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         package, _, module = fullname.partition(".")
-        if package != _PACKAGE or module not in TABLE:
+        if package != _PACKAGE or not module or module not in TABLE:
             return None
         below = any(other.startswith(f"{module}.") for other in TABLE)
         return ModuleSpec(fullname, self, origin="auto_gptq._old_names", is_package=below)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ from .block import Feed, Solved, propagate, solve_step
 from .placement import execution_device, execution_dtype, placed
 from .progress import Progress
 from .report import ModuleReport
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,14 @@ def make_plan(model: nn.Module, architecture: Architecture, config: BaseQuantize
     if not plan.module_count:
         raise UnsupportedModelError(
             f"No block of {type(model).__name__} has any of the linears {architecture.steps}."
+        )
+    found = {name for block in steps for step in block for name in step}
+    absent = [name for name in architecture.linear_names() if name not in found]
+    if absent:
+        logger.warning(
+            "No block of %s has %s; what takes their place stays in full precision.",
+            type(model).__name__,
+            ", ".join(absent),
         )
     return plan
 

@@ -144,6 +144,15 @@ def test_olive_sets_the_layout_on_the_instance(tmp_path: Path) -> None:
     assert auto_gptq.__version__ >= "0.8.0"
 
 
+def test_names_that_no_block_has_are_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    """Mixtral's old names fit nothing in transformers 5, where its experts are one parameter."""
+    wrapper = BaseGPTQForCausalLM(tiny_model(), False, BaseQuantizeConfig(**SETTINGS))
+    wrapper.layers_block_name = "model.layers"
+    wrapper.inside_layer_modules = [["self_attn.q_proj"], ["block_sparse_moe.experts.0.w1"]]
+    wrapper.quantize(tiny_examples())
+    assert "has block_sparse_moe.experts.0.w1; what takes their place" in caplog.text
+
+
 def test_a_layout_said_by_half_is_refused() -> None:
     wrapper = BaseGPTQForCausalLM(tiny_model(), False, BaseQuantizeConfig(**SETTINGS))
     wrapper.inside_layer_modules = [["self_attn.q_proj"]]
