@@ -5,28 +5,26 @@ Names are imported when they are first used, so that ``import auto_gptq`` costs 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from . import _old_names
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .modeling._utils import exllama_set_max_input_length
     from .modeling.auto import AutoGPTQForCausalLM
     from .quantization.config import BaseQuantizeConfig
 
-__all__ = ["AutoGPTQForCausalLM", "BaseQuantizeConfig", "__version__"]
+__all__ = [
+    "AutoGPTQForCausalLM",
+    "BaseQuantizeConfig",
+    "__version__",
+    "exllama_set_max_input_length",
+    "get_gptq_peft_model",
+]
 
-_HOMES = {
-    "AutoGPTQForCausalLM": "auto_gptq.modeling.auto",
-    "BaseQuantizeConfig": "auto_gptq.quantization.config",
-}
-
-
-def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module 'auto_gptq' has no attribute {name!r}")
-    return getattr(importlib.import_module(home), name)
+_old_names.install()
+__getattr__ = _old_names.getter(__name__)
 
 
 def __dir__() -> list[str]:

@@ -10,7 +10,8 @@
     ├── ModuleShapeError         a linear's shape cannot be packed             (ValueError)
     ├── NumericsError            NaN or infinity where numbers were expected   (ArithmeticError)
     ├── QuantizedStateError      quantizing twice, saving what is not packed   (OSError)
-    └── DerivedWeightError       writing into a quantized layer's weight       (RuntimeError)
+    ├── DerivedWeightError       writing into a quantized layer's weight       (RuntimeError)
+    └── RetiredError             a part of AutoGPTQ that is gone   (NotImplementedError)
 
 Each also is the built-in class that AutoGPTQ raised in its place, so an old ``except ValueError``
 keeps working.  A message says what is wrong, with the numbers, and what to do.
@@ -64,3 +65,7 @@ class QuantizedStateError(AutoGPTQError, OSError):
 
 class DerivedWeightError(AutoGPTQError, RuntimeError):
     """An attempt to write into the derived weight of a quantized layer."""
+
+
+class RetiredError(AutoGPTQError, NotImplementedError):
+    """A part of AutoGPTQ whose name is kept and that cannot be used any more."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from ..errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class Architecture:
     :param head: dotted name of the output layer, which stays dense
     """
 
-    block_classes: Mapping[str, str]
+    block_classes: Mapping[str, str | None]
     blocks: str
     around: tuple[str, ...]
     steps: tuple[str, ...]
@@ -32,3 +35,34 @@ class Architecture:
     def linear_names(self) -> list[str]:
         """Give the names of all linears that are quantized, relative to a block."""
         return [name for step in self.step_names() for name in step]
+
+    def as_class_attributes(self, model_type: str) -> dict[str, Any]:
+        """Give the attributes by which AutoGPTQ's classes say the same for one model type."""
+        return {
+            "layer_type": self.block_classes[model_type],
+            "layers_block_name": self.blocks,
+            "outside_layer_modules": list(self.around),
+            "inside_layer_modules": self.step_names(),
+            "lm_head_name": self.head,
+        }
+
+    @classmethod
+    def from_class_attributes(cls, owner: object, model_type: str) -> Architecture:
+        """Read the row that a class, or an instance, in AutoGPTQ's style describes.
+
+        :raises ConfigError: (a ValueError) if it does not say where its blocks or linears are
+        """
+        blocks = getattr(owner, "layers_block_name", None)
+        steps = getattr(owner, "inside_layer_modules", None)
+        if not blocks or not steps:
+            raise ConfigError(
+                f"A class for {model_type!r} must set both layers_block_name (it is {blocks!r}) "
+                f"and inside_layer_modules (it is {steps!r}), a list of lists of names in a block."
+            )
+        return cls(
+            block_classes={model_type: getattr(owner, "layer_type", None)},
+            blocks=blocks,
+            around=tuple(getattr(owner, "outside_layer_modules", None) or ()),
+            steps=tuple(" ".join(step) for step in steps),
+            head=getattr(owner, "lm_head_name", None) or "lm_head",
+        )

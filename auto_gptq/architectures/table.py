@@ -43,6 +43,19 @@ LLAMA = Architecture(
     ),
 )
 
+# As transformers 4 built it; transformers 5 keeps all experts of a block in one parameter.
+MIXTRAL = Architecture(
+    block_classes={"mixtral": "MixtralDecoderLayer"},
+    blocks="model.layers",
+    around=_DECODER,
+    steps=(
+        "self_attn.k_proj self_attn.v_proj self_attn.q_proj",
+        "self_attn.o_proj",
+        " ".join(f"block_sparse_moe.experts.{i}.{w}" for w in ("w1", "w3") for i in range(8)),
+        " ".join(f"block_sparse_moe.experts.{i}.w2" for i in range(8)),
+    ),
+)
+
 PHI3 = Architecture(
     block_classes={"phi3": "Phi3DecoderLayer"},
     blocks="model.layers",
@@ -189,6 +202,7 @@ QWEN = Architecture(
 
 ARCHITECTURES = (
     LLAMA,
+    MIXTRAL,
     PHI3,
     BAICHUAN,
     STARCODER2,

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
+from .. import _old_names
 from .._version import __version__
 from ..architectures import Architecture, find
 from ..calibration.examples import make_batches
 from ..checkpoint.writer import Files
 from ..errors import QuantizedStateError
+from ..nn_modules.qlinear.linear import QuantLinear
+from ..nn_modules.qlinear.variants import GeneralQuantLinear
+from ..nn_modules.surgery import replace
 from ..pipeline.quantize import quantize_model
 from ..pipeline.report import ModuleReport
 from ..quantization.config import QUANTIZE_BLACK_LIST, BaseQuantizeConfig
 from . import load
 from ._const import SUPPORTED_MODELS
+from ._utils import check_supported
 from .carry import Source, load_generation_config
+from .limits import longest_sequence, padding_token
+from .options import as_dtype, as_settings, for_transformers, note_meaningless, note_unknown
 from .place import place
 from .save import save_checkpoint
 
@@ -29,21 +36,33 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Where the configurations of different architectures keep their longest sequence.
-_SEQLEN_KEYS = ("max_position_embeddings", "seq_length", "n_positions")
+
+__getattr__ = _old_names.getter(__name__)
 
 
 class BaseGPTQForCausalLM(nn.Module):
     """A causal language model and its quantization settings.
 
     Anything this class does not have is looked up on the wrapped ``model``.
+
+    A subclass, or an instance, may say itself where the blocks are (``layers_block_name``), what
+    is around them (``outside_layer_modules``) and which linears are quantized, step by step
+    (``inside_layer_modules``). Without that the architecture table is asked.
     """
+
+    layer_type: str | None = None
+    layers_block_name: str | None = None
+    outside_layer_modules: Sequence[str] | None = None
+    inside_layer_modules: Sequence[Sequence[str]] | None = None
+    lm_head_name: str = "lm_head"
+    fused_attn_module_type: ClassVar[type[nn.Module] | None] = None
+    fused_mlp_module_type: ClassVar[type[nn.Module] | None] = None
 
     def __init__(
         self,
         model: PreTrainedModel,
         quantized: bool,
-        quantize_config: BaseQuantizeConfig,
+        quantize_config: BaseQuantizeConfig | dict[str, Any],
         is_triton_backend: bool = False,
         injected_fused_attention: bool = False,
         injected_fused_mlp: bool = False,
@@ -53,6 +72,8 @@ class BaseGPTQForCausalLM(nn.Module):
         self.model: PreTrainedModel = model
         self.model_type = model.config.model_type
         self._quantized = quantized
+        if isinstance(quantize_config, dict):
+            quantize_config = BaseQuantizeConfig.from_quant_config(quantize_config)
         self.quantize_config = quantize_config
         self.config: PretrainedConfig = model.config
         self.is_triton_backend = is_triton_backend
@@ -72,13 +93,18 @@ class BaseGPTQForCausalLM(nn.Module):
     @property
     def architecture(self) -> Architecture:
         """The row that says which linears are quantized."""
-        return find(self.model_type)
+        if self.layers_block_name is None and self.inside_layer_modules is None:
+            return find(self.model_type)
+        return Architecture.from_class_attributes(self, self.model_type)
 
     @property
     def device(self) -> torch.device:
         """Where inputs have to be."""
-        device: torch.device = self.model.device
-        return device
+        device = getattr(self.model, "device", None)
+        if device is None:
+            places = (self.hf_device_map or {}).values()
+            device = next((place for place in places if place != "disk"), "cpu")
+        return torch.device(device)
 
     @property
     def hf_device_map(self) -> Mapping[str, Any] | None:
@@ -93,9 +119,11 @@ class BaseGPTQForCausalLM(nn.Module):
                 raise
             return getattr(self.model, name)
 
-    def to(self, *args: Any, **kwargs: Any) -> BaseGPTQForCausalLM:
+    def to(  # type: ignore[override]
+        self, device: Any, *args: Any, **kwargs: Any
+    ) -> BaseGPTQForCausalLM:
         """Move the wrapped model."""
-        nn.Module.to(self.model, *args, **kwargs)
+        nn.Module.to(self.model, device, *args, **kwargs)
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -144,13 +172,14 @@ class BaseGPTQForCausalLM(nn.Module):
                 f"quant_method {self.quantize_config.quant_method!r} can be read but not made; "
                 "use 'gptq'."
             )
+        note_meaningless({"use_triton": use_triton, "use_cuda_fp16": use_cuda_fp16})
         batches = make_batches(
             examples,
             batch_size,
-            self._pad_token_id(),
+            padding_token(self.config),
             getattr(self.config, "vocab_size", None),
             tokenizer=tokenizer,
-            max_length=self._longest_sequence(),
+            max_length=longest_sequence(self.config),
         )
         self.report = quantize_model(
             self.model, self.architecture, self.quantize_config, batches, show_progress
@@ -204,17 +233,44 @@ class BaseGPTQForCausalLM(nn.Module):
         known = {k: kwargs[k] for k in ("max_shard_size", "checkpoint_format") if k in kwargs}
         self.save_quantized(save_dir, use_safetensors, safetensors_metadata, **known)
 
-    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        """Upload the saved model to the Hub: see :func:`.publish.push_to_hub`."""
+    def push_to_hub(
+        self,
+        repo_id: str,
+        save_dir: str | Path | None = None,
+        use_safetensors: bool = True,
+        safetensors_metadata: dict[str, Any] | None = None,
+        commit_message: str = "Upload of AutoGPTQ quantized model",
+        use_auth_token: bool | str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        create_pr: bool = False,
+    ) -> Any:
+        """Upload the files of a saved model to the Hub, and give the commit.
+
+        :param save_dir: save the model there first; None to upload what was saved or loaded last
+        :param use_auth_token: older name of ``token``
+        :raises ConfigError: (a ValueError) if there is nothing saved to upload
+        """
         from .publish import push_to_hub
 
-        return push_to_hub(self, repo_id, *args, **kwargs)
+        return push_to_hub(
+            self,
+            repo_id,
+            save_dir,
+            use_safetensors,
+            safetensors_metadata,
+            commit_message,
+            use_auth_token,
+            private,
+            token,
+            create_pr,
+        )
 
     @classmethod
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
-        quantize_config: BaseQuantizeConfig,
+        quantize_config: BaseQuantizeConfig | dict[str, Any],
         max_memory: dict[Any, Any] | None = None,
         trust_remote_code: bool = False,
         torch_dtype: torch.dtype = torch.float16,
@@ -225,6 +281,12 @@ class BaseGPTQForCausalLM(nn.Module):
         :param max_memory: bytes per device ({0: "20GIB", "cpu": "30GIB"}); given that, the model
             is spread over those devices
         """
+        model_config = load.load_config(
+            pretrained_model_name_or_path, trust_remote_code, **model_init_kwargs
+        )
+        check_supported(model_config.model_type, SUPPORTED_MODELS)
+        model_init_kwargs = for_transformers(model_init_kwargs)
+        torch_dtype = as_dtype(model_init_kwargs.pop("dtype", torch_dtype)) or torch.float16
         if max_memory is not None:
             model_init_kwargs |= {"max_memory": max_memory, "device_map": "auto"}
         model = load.load_dense(
@@ -264,20 +326,26 @@ class BaseGPTQForCausalLM(nn.Module):
     ) -> BaseGPTQForCausalLM:
         """Load a quantized checkpoint from a folder or the Hub.
 
-        The flags that chose among AutoGPTQ's kernels are accepted and mean nothing here.
+        The flags that chose among AutoGPTQ's kernels are accepted and mean nothing here; other
+        arguments that nobody knows are ignored. Both is logged.
 
+        :param attn_implementation: which attention of transformers to use, among ``kwargs``
         :param torch_dtype: dtype of activations and dense weights; None for float16 on a GPU and
             float32 on a CPU, which multiplies 16-bit numbers slowly
         :raises MissingFileError: (a FileNotFoundError) if no weights are found
         :raises CheckpointError: (a ValueError) if files or tensors are damaged, missing or misfit
         """
+        note_unknown(kwargs, "attn_implementation", "dtype")
+        note_meaningless(locals())
         model_config = load.load_config(model_name_or_path, trust_remote_code, **kwargs)
-        if model_config.model_type not in SUPPORTED_MODELS:
-            find(model_config.model_type)  # raises with the list of known types
-        settings = _settings(quantize_config, model_name_or_path, checkpoint_format, kwargs)
+        check_supported(model_config.model_type, SUPPORTED_MODELS)
+        if kwargs.get("attn_implementation"):
+            model_config._attn_implementation = kwargs["attn_implementation"]
+        settings = as_settings(quantize_config, model_name_or_path, checkpoint_format, kwargs)
         weights = load.find_quantized_weights(
             model_name_or_path, settings, model_basename, use_safetensors, **kwargs
         )
+        torch_dtype = as_dtype(torch_dtype or kwargs.get("dtype"))
         if torch_dtype is None:
             on_cpu = device is not None and torch.device(device).type == "cpu"
             fast_half = torch.cuda.is_available() and not on_cpu
@@ -287,40 +355,47 @@ class BaseGPTQForCausalLM(nn.Module):
         place(model, device, device_map, max_memory)
         settings.model_name_or_path = str(model_name_or_path)
         settings.model_file_base_name = weights.base_name
-        wrapper = cls(model, True, settings, trainable=trainable)
+        wrapper = cls(model, True, settings, use_triton or use_tritonv2, trainable=trainable)
         wrapper._source = Source.of(model_name_or_path, kwargs)
         wrapper._set_seqlen()
+        if trainable:
+            wrapper.enable_trainable_mode()
         return wrapper
 
+    def warmup_triton(self, enabled: bool = True) -> None:
+        """Do nothing: there is nothing to tune before a kernel runs."""
+        note_meaningless({"warmup_triton": enabled})
+
+    def enable_trainable_mode(self, enabled: bool = True) -> None:
+        """Set ``trainable`` on every module that has it; gradients flow through either way."""
+        layer: Any
+        for layer in self.model.modules():
+            if hasattr(layer, "trainable"):
+                layer.trainable = enabled
+
+    def disable_trainable_mode(self) -> None:
+        """Take ``trainable`` back."""
+        self.enable_trainable_mode(enabled=False)
+
+    @staticmethod
+    def make_sure_compatible_with_peft(
+        model: nn.Module,
+        use_triton: bool,
+        desc_act: bool,
+        group_size: int,
+        bits: int,
+        disable_exllama: bool = True,
+        disable_exllamav2: bool = False,
+        use_marlin: bool = False,
+        use_qigen: bool = False,
+        use_tritonv2: bool = False,
+    ) -> None:
+        """Replace quantized layers by GeneralQuantLinear, as AutoGPTQ did.
+
+        Not needed for PEFT, which takes every QuantLinear for the ``nn.Linear`` that it is.
+        """
+        found = [(n, m) for n, m in model.named_modules() if isinstance(m, QuantLinear)]
+        replace(model, [(name, GeneralQuantLinear(layer)) for name, layer in found])
+
     def _set_seqlen(self) -> None:
-        self.model.__dict__["seqlen"] = self._longest_sequence() or 4096
-
-    def _longest_sequence(self) -> int | None:
-        lengths = (getattr(self.config, key, None) for key in _SEQLEN_KEYS)
-        return next((length for length in lengths if length), None)
-
-    def _pad_token_id(self) -> int:
-        """Any known token will do, since padding is masked everywhere."""
-        for key in ("pad_token_id", "eos_token_id"):
-            candidate = getattr(self.config, key, None)
-            first = candidate[0] if isinstance(candidate, (list, tuple)) else candidate
-            if isinstance(first, int) and 0 <= first < getattr(
-                self.config, "vocab_size", first + 1
-            ):
-                return first
-        return 0
-
-
-def _settings(
-    given: BaseQuantizeConfig | dict[str, Any] | None,
-    source: str | Path,
-    checkpoint_format: str | None,
-    kwargs: dict[str, Any],
-) -> BaseQuantizeConfig:
-    if given is None:
-        return BaseQuantizeConfig.from_pretrained(
-            source, checkpoint_format=checkpoint_format, **kwargs
-        )
-    if isinstance(given, dict):
-        return BaseQuantizeConfig.from_quant_config(given, checkpoint_format)
-    return given
+        self.model.__dict__["seqlen"] = longest_sequence(self.config) or 4096

@@ -1,4 +1,4 @@
-"""Constants of AutoGPTQ that scripts import; the list is live: what is appended counts."""
+"""Constants, and the list of model types, which users append to."""
 
 from __future__ import annotations
 

@@ -70,11 +70,28 @@ def make_plan(model: nn.Module, architecture: Architecture, config: BaseQuantize
             f"No block of {type(model).__name__} has any of the linears {architecture.steps}"
             + (" that `dynamic` does not skip." if config.dynamic else ".")
         )
+    _warn_of_absent_names(model, architecture, steps, config)
     head = _head_name(model, architecture, config)
     if head is not None:
         settings[head] = _checked(head, model.get_submodule(head), config) or config
     _warn_of_idle_patterns(model, config)
     return Plan(blocks, architecture.blocks, steps, settings, head)
+
+
+def _warn_of_absent_names(
+    model: nn.Module,
+    architecture: Architecture,
+    steps: list[list[list[str]]],
+    config: BaseQuantizeConfig,
+) -> None:
+    found = {name for block in steps for step in block for name in step}
+    absent = [name for name in architecture.linear_names() if name not in found]
+    if absent and not config.dynamic:
+        logger.warning(
+            "No block of %s has %s; what takes their place stays in full precision.",
+            type(model).__name__,
+            ", ".join(absent),
+        )
 
 
 def _checked(name: str, linear: nn.Module, config: BaseQuantizeConfig) -> BaseQuantizeConfig | None:

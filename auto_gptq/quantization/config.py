@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass, replace
+from dataclasses import InitVar, asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ QUANT_METHOD_FORMAT_MAPPING = {
 QUANTIZE_BLACK_LIST = {QUANT_METHOD.AWQ}  # can be read, not made
 QUANT_CONFIG_ARG_SYNONYMS = {"w_bit": "bits", "q_group_size": "group_size"}
 
+# Fields of 0.7.1.
+_OLD_SPELLINGS = (CHECKPOINT_FORMAT_FIELD_COMPAT_MARLIN, "awq_gemm_checkpoint")
 # Formats whose tensors cannot hold an activation order.
 ORDERLESS = {CHECKPOINT_FORMAT.MARLIN, CHECKPOINT_FORMAT.AWQ_GEMM}
 _ALL_FORMATS = set().union(*QUANT_METHOD_FORMAT_MAPPING.values())
@@ -76,6 +78,8 @@ class BaseQuantizeConfig:
     :param scale_search: choose the scales by the error they cause; False for AutoGPTQ's min-max
     :param lm_head: quantize the output head too; one tied to the embedding is untied
     :param dynamic: settings of some modules, by pattern: see :mod:`.dynamic`
+    :param is_marlin_format: 0.7.1's way to say ``checkpoint_format="marlin"``
+    :param awq_gemm_checkpoint: 0.7.1's way to say AWQ's format "gemm"
     :raises ConfigError: (a ValueError) if a value cannot work
     """
 
@@ -93,8 +97,25 @@ class BaseQuantizeConfig:
     scale_search: bool = True
     lm_head: bool = False
     dynamic: dict[str, dict[str, Any]] | None = None
+    is_marlin_format: InitVar[bool] = False
+    awq_gemm_checkpoint: InitVar[bool] = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, is_marlin_format: bool, awq_gemm_checkpoint: bool) -> None:
+        if is_marlin_format:
+            self.checkpoint_format = CHECKPOINT_FORMAT.MARLIN
+        elif awq_gemm_checkpoint:
+            self.quant_method = QUANT_METHOD.AWQ
+            self.checkpoint_format = CHECKPOINT_FORMAT.AWQ_GEMM
+        self._check()
+        if self.dynamic is not None:
+            check_patterns(self.dynamic)
+            for pattern, override in self.dynamic.items():
+                try:
+                    replace(self, dynamic=None, **override)
+                except (ConfigError, TypeError) as error:
+                    raise ConfigError(f"dynamic[{pattern!r}]: {error}") from None
+
+    def _check(self) -> None:
         if self.bits not in (2, 3, 4, 8):
             raise ConfigError(f"bits is {self.bits!r}; it must be 2, 3, 4 or 8.")
         if self.group_size != -1 and not self.group_size > 0:
@@ -117,13 +138,6 @@ class BaseQuantizeConfig:
                 f"checkpoint_format {self.checkpoint_format!r} does not go with quant_method "
                 f"{self.quant_method!r}; possible: {sorted(formats)}."
             )
-        if self.dynamic is not None:
-            check_patterns(self.dynamic)
-            for pattern, override in self.dynamic.items():
-                try:
-                    replace(self, dynamic=None, **override)
-                except (ConfigError, TypeError) as error:
-                    raise ConfigError(f"dynamic[{pattern!r}]: {error}") from None
 
     def settings_for(self, name: str) -> BaseQuantizeConfig | None:
         """Give the settings of one module by its full name; None if it stays dense."""
@@ -174,6 +188,8 @@ class BaseQuantizeConfig:
         given = {key.lower(): value for key, value in quantize_cfg.items()}
         given = {QUANT_CONFIG_ARG_SYNONYMS.get(key, key): value for key, value in given.items()}
         settings = {k: v for k, v in given.items() if k in cls.__dataclass_fields__}
+        for spelling in _OLD_SPELLINGS:
+            settings.pop(spelling, None)
         settings |= _method_and_format(given, checkpoint_format)
         if settings.get("dynamic") is not None:
             settings["dynamic"] = known_settings_only(settings["dynamic"]) or None
@@ -184,7 +200,9 @@ class BaseQuantizeConfig:
             settings.setdefault("sym", not given.get("zero_point", True))
         if "sym" not in settings:
             logger.warning("The quantization config does not say `sym`; taking symmetric.")
-        unknown = sorted(set(given) - set(cls.__dataclass_fields__) - _READ_BESIDES)
+        unknown = sorted(
+            set(given) - set(cls.__dataclass_fields__) - _READ_BESIDES - set(_OLD_SPELLINGS)
+        )
         if unknown:
             logger.info("Ignoring quantization settings that are not known here: %s", unknown)
         return cls(**settings)
@@ -230,7 +248,7 @@ def _method_and_format(given: dict[str, Any], wanted_format: str | None) -> dict
         )
     if method == CHECKPOINT_FORMAT.MARLIN or given.get(CHECKPOINT_FORMAT_FIELD_COMPAT_MARLIN):
         method, checkpoint_format = QUANT_METHOD.GPTQ, CHECKPOINT_FORMAT.MARLIN
-    elif _is_awq_gemm(method, given):
+    elif given.get("awq_gemm_checkpoint") or _is_awq_gemm(method, given):
         method, checkpoint_format = QUANT_METHOD.AWQ, CHECKPOINT_FORMAT.AWQ_GEMM
     if method not in QUANT_METHOD_FORMAT_MAPPING:
         raise ConfigError(

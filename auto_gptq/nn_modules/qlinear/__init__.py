@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
-from .linear import QuantLinear
+from typing import TYPE_CHECKING
 
-__all__ = ["QuantLinear"]
+from ... import _old_names
+
+if TYPE_CHECKING:
+    from .linear import QuantLinear
+    from .variants import GeneralQuantLinear
+
+__all__ = ["GeneralQuantLinear", "QuantLinear"]
+
+__getattr__ = _old_names.getter(__name__)
