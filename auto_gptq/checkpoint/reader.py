@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import struct
 import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,20 @@ from .safetensors_file import DTYPES
 
 _SAFETENSORS = ".safetensors"
 _INDEX = ".index.json"
+# What torch.load raised for files with bytes changed at random: it interprets what it reads.
+_UNPICKLING_ERRORS = (
+    pickle.UnpicklingError,
+    struct.error,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)
@@ -145,7 +160,7 @@ def _unpickled(file: Path) -> Mapping[str, Tensor]:
         content = torch.load(
             file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
         )
-    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
+    except _UNPICKLING_ERRORS as error:
         raise CheckpointError(
             f"{file} cannot be read safely: it is damaged or holds more than tensors ({error})."
         ) from None
