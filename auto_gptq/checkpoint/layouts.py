@@ -82,13 +82,13 @@ def find_packed(names: Iterable[str], checkpoint_format: str) -> dict[str, str]:
     present = set(names)
     other = "gptq" if checkpoint_format == "marlin" else checkpoint_format
     packed = {}
-    for name in present:
+    for name in sorted(present):  # so that of both, which nobody should write, qweight counts
         linear, _, leaf = name.rpartition(".")
         if leaf == "qweight":
             packed[linear] = other
         elif leaf == "B" and f"{linear}.s" in present:
             packed[linear] = "marlin"
-    return dict(sorted(packed.items()))
+    return packed
 
 
 def encode(name: str, layer: QuantLinear, target: str) -> dict[str, Outgoing]:
