@@ -15,9 +15,9 @@ checkpoint computes is kept to the bit.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from .nibbles import unpack_nibbles
 from .packing import pack
 
 BITS = 4
@@ -27,9 +27,7 @@ def unpack_columns(
     words: Tensor,  # [n, N / 8] int32
 ) -> Tensor:  # [n, N] uint8
     """Give the codes of AWQ's words in the order of columns."""
-    shifts = torch.arange(0, 32, BITS, dtype=torch.int32, device=words.device)
-    codes = (words.unsqueeze(-1) >> shifts) & 0xF  # [n, N / 8, 8] in the order of bits
-    halves: Tensor = codes.to(torch.uint8).unflatten(-1, (2, 4))  # even columns, odd columns
+    halves: Tensor = unpack_nibbles(words).unflatten(-1, (-1, 2, 4))  # even columns, odd columns
     return halves.transpose(-1, -2).flatten(1)
 
 

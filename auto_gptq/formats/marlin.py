@@ -31,6 +31,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .nibbles import pack_nibbles, unpack_nibbles
 from .packing import pack, unpack
 
 BITS = 4
@@ -65,16 +66,14 @@ def to_marlin_weight(
     """Reorder packed codes; every bit is kept."""
     (rows, columns), codes = _PIECES, unpack(qweight, BITS)
     pieces = codes.unflatten(1, columns).unflatten(0, rows).permute(_MARLIN_ORDER)
-    words = pack(pieces.flatten(1).t(), BITS)
-    return words.t().contiguous()
+    return pack_nibbles(pieces.flatten(1))
 
 
 def from_marlin_weight(
     b: Tensor,  # [K / 16, 2 N]
 ) -> Tensor:  # [K / 8, N]
     """Undo :func:`to_marlin_weight`."""
-    codes = unpack(b.t(), BITS).t()  # [K / 16, 16 N]
-    pieces = codes.unflatten(1, (-1, 8, 4, 4, 2, 2, 2))
+    pieces = unpack_nibbles(b).unflatten(1, (-1, 8, 4, 4, 2, 2, 2))
     back = sorted(range(len(_MARLIN_ORDER)), key=_MARLIN_ORDER.__getitem__)
     return pack(pieces.permute(back).flatten(4).flatten(0, 3), BITS)
 
