@@ -80,6 +80,16 @@ class BaseGPTQForCausalLM(nn.Module):
         """Where accelerate has put the parts of the model, if it has."""
         return getattr(self.model, "hf_device_map", None)
 
+    @property
+    def _checkpoint_conversion_mapping(self) -> dict[str, str]:
+        """Where PEFT finds the weights of an adapter that was trained on the wrapped model.
+
+        lm-evaluation-harness calls ``PeftModel.from_pretrained(wrapper, adapter)``. The names of
+        our modules begin with one more "model."; PEFT would leave the adapter untrained.
+        """
+        children = "|".join(name for name, _ in self.model.named_children())
+        return {rf"^(?!model\.(?:{children})\.)": "model."}
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
