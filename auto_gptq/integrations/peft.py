@@ -108,7 +108,8 @@ def get_gptq_peft_model(
         )
     peft, inner = _peft(), _inner(model)
     if not train_mode:
-        return peft.PeftModel.from_pretrained(inner, model_id, adapter_name)
+        loaded: PeftModel = peft.PeftModel.from_pretrained(inner, model_id, adapter_name)
+        return loaded
     config = _fitted(peft_config, inner, auto_find_all_linears)
     try:
         adapted: PeftModel = peft.get_peft_model(inner, config, adapter_name=adapter_name)

@@ -165,6 +165,14 @@ def test_what_is_missing_is_named(train_mode: bool, wrapper: BaseGPTQForCausalLM
         ours.get_gptq_peft_model(wrapper, train_mode=train_mode)
 
 
+@pytest.mark.parametrize("kind", ["LoraConfig", "LoraModel", "AdaLoraConfig", "AdaLoraModel"])
+def test_autogptq_s_classes_are_peft_s(kind: str) -> None:
+    made = getattr(ours, f"GPTQ{kind}")
+    assert issubclass(made, getattr(peft, kind))
+    assert made is getattr(ours, f"GPTQ{kind}")
+    assert pickle.loads(pickle.dumps(made)) is made
+
+
 def test_an_unknown_name_is_no_attribute() -> None:
     with pytest.raises(AttributeError, match="GPTQNothing"):
         _ = ours.GPTQNothing
