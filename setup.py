@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -22,7 +23,10 @@ from setuptools.command.build_py import build_py
 
 STABLE_ABI = (2, 10)  # the first torch whose stable ABI has all that bindings.cpp uses
 SOURCES = ["csrc/bindings.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
+CUDA_SOURCES = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
 HEADERS = ["csrc/launch.h", "csrc/packed.h"]
+# Real code for what data centres and desks have, and PTX for what comes.
+CUDA_TARGETS = ("75", "80", "86", "89", "90")
 
 
 def find_torch() -> Path | None:
@@ -57,7 +61,7 @@ def native_library() -> Extension:
     return Extension(
         "auto_gptq._native",
         SOURCES,
-        depends=HEADERS,
+        depends=[*HEADERS, *CUDA_SOURCES],
         include_dirs=["csrc"],
         library_dirs=[str(torch / "lib")],
         libraries=["torch_cpu"],
@@ -72,8 +76,36 @@ def native_library() -> Extension:
     )
 
 
+def cuda_libraries(nvcc: Path) -> list[str]:
+    """Ask the compiler where its toolkit lies: what is on the PATH may be a link or a script."""
+    command = [str(nvcc), "--dryrun", "-x", "cu", "/dev/null"]
+    plan = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
+    return [] if top is None else [f"{top[1]}/{name}" for name in ("lib64", "lib")]
+
+
 class BuildNative(build_ext):
     """Name the file without the ABI tag of one Python: it does not use Python's C API."""
+
+    def build_extension(self, extension: Extension) -> None:
+        nvcc = shutil.which("nvcc")
+        if nvcc is not None:
+            self.add_cuda(extension, Path(nvcc))
+        super().build_extension(extension)
+
+    def add_cuda(self, extension: Extension, nvcc: Path) -> None:
+        """Compile the GPU kernels, which know no torch, and link CUDA's runtime in."""
+        targets = [f"-gencode=arch=compute_{t},code=sm_{t}" for t in CUDA_TARGETS]
+        targets.append("-gencode=arch=compute_{0},code=compute_{0}".format(CUDA_TARGETS[-1]))
+        for source in CUDA_SOURCES:
+            target = Path(self.build_temp) / f"{Path(source).stem}.cuda.o"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            options = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
+            self.spawn([str(nvcc), *options, *targets, "-c", source, "-o", str(target)])
+            extension.extra_objects.append(str(target))
+        extension.define_macros.append(("AUTO_GPTQ_CUDA", "1"))
+        extension.library_dirs += cuda_libraries(nvcc)
+        extension.libraries += ["cudart_static", "rt", "pthread", "dl"]
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"

@@ -31,18 +31,22 @@ struct Packed {
   DataType scale_type;
 };
 
-// Candidate grids for a group of columns, held transposed: [B, N], B columns.
-struct Choice {
+// Groups of columns of a weight that get their grids, held transposed: [B, N], B columns.
+struct Fit {
   const float* weight;      // [B, N]
   const float* importance;  // [B] weight of each column's squared error
-  const float* scales;      // [F, N]
-  const float* zeros;       // [F, N] whole numbers
-  int64_t* best;            // out [N]: index of the first grid of least error
+  const float* factors;     // [F] ranges to try, as shares of the min-max one
+  float* scales;            // out [G, N]
+  float* zeros;             // out [G, N]
   int64_t columns;          // B
   int64_t candidates;       // F
   int64_t n;                // N
   int64_t weight_stride;    // from one column of the weight to the next, in elements
-  int32_t maxq;             // the largest code
+  int64_t group_size;       // columns per group; the last group may be short
+  int32_t bits;
+  int32_t symmetric;    // 1: the zero point is the middle code
+  int32_t lowest_zero;  // the least zero point that may be chosen
+  DataType scale_type;  // what scales are rounded to
 };
 
 // A block of columns of a weight that is being quantized, held transposed: [B, N], B columns.
@@ -104,14 +108,21 @@ AUTO_GPTQ_API void auto_gptq_cpu_q_linear(
     int64_t n_end,
     auto_gptq::Isa isa);
 
-// Choose a grid for each of the outputs [n_begin, n_end).
-AUTO_GPTQ_API void auto_gptq_cpu_choose_grid(const auto_gptq::Choice* choice,
-                                             int64_t n_begin,
-                                             int64_t n_end,
-                                             auto_gptq::Isa isa);
+// Fit every group for the outputs [n_begin, n_end).
+AUTO_GPTQ_API void auto_gptq_cpu_fit_grids(const auto_gptq::Fit* fit,
+                                           int64_t n_begin,
+                                           int64_t n_end,
+                                           auto_gptq::Isa isa);
 
 // Quantize all columns of a block for the outputs [n_begin, n_end).
 AUTO_GPTQ_API void auto_gptq_cpu_solve_columns(const auto_gptq::Block* block,
                                                int64_t n_begin,
                                                int64_t n_end,
                                                auto_gptq::Isa isa);
+
+// The same on the current GPU, asynchronously on a stream (a cudaStream_t).  All pointers are to the
+// memory of that GPU.  They return null, or what went wrong.
+AUTO_GPTQ_API const char* auto_gptq_cuda_fit_grids(const auto_gptq::Fit* fit, void* stream);
+
+// At most 128 columns.
+AUTO_GPTQ_API const char* auto_gptq_cuda_solve_columns(const auto_gptq::Block* block, void* stream);

@@ -42,3 +42,12 @@ def plain_pack(codes: Tensor, bits: int) -> Tensor:
         for word in range(len(words)):
             words[word, column] = (stream >> (32 * word)) & 0xFFFFFFFF
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+
+
+def plain_awq_pack(codes: Tensor) -> Tensor:
+    """Pack 4-bit codes ``[n, N]`` as AWQ does: eight columns a word, the even ones first."""
+    words = torch.zeros(len(codes), codes.shape[1] // 8, dtype=torch.int64)
+    for column in range(codes.shape[1]):
+        place = (0, 2, 4, 6, 1, 3, 5, 7).index(column % 8)
+        words[:, column // 8] |= codes[:, column].long() << 4 * place
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)

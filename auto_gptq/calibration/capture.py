@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -33,10 +33,11 @@ class Captured:
     hidden: list[Tensor]  # per batch: [B, T, hidden size]
     calls: list[list[BlockCall]]  # per block, per batch
     keep: list[Tensor | None]  # per batch: [B, T] bool, False where padded; None if nowhere
+    returns_tuple: bool = False  # whether a block gives (hidden, ...) instead of hidden
 
 
-class _LastBlockReached(Exception):
-    """Ends a forward pass after the last block's call was noted."""
+class _Reached(Exception):
+    """Ends a forward pass after what is wanted was noted."""
 
 
 def capture(model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Batch]) -> Captured:
@@ -53,7 +54,7 @@ def capture(model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Bat
     with _recording(blocks, result):
         for batch in batches:
             mask = batch.attention_mask.to(device)
-            with suppress(_LastBlockReached):
+            with suppress(_Reached):
                 model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False)
             result.keep.append(None if bool(mask.all()) else mask.bool())
             if not torch.isfinite(result.hidden[-1]).all():
@@ -62,6 +63,45 @@ def capture(model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Bat
                     f"(batch {len(result.hidden) - 1}). Are the model's weights intact?"
                 )
     return result
+
+
+def capture_head(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    batches: Sequence[Batch],
+    captured: Captured,
+    head: nn.Module,
+) -> None:
+    """Replace the hidden states that the last block put out by those that enter the output head.
+
+    The model itself runs what lies between: usually a norm, sometimes a projection.
+    """
+    device = captured.hidden[0].device
+
+    def note(_head: nn.Module, args: tuple[Tensor, ...]) -> None:
+        captured.hidden[index] = args[0]
+        raise _Reached
+
+    def stand_in(_index: int, _forward: Any) -> Any:
+        def put_out(*_args: Any, **_kwargs: Any) -> Any:
+            hidden = captured.hidden[index]
+            return (hidden,) if captured.returns_tuple else hidden
+
+        return put_out
+
+    handle = head.register_forward_pre_hook(note)
+    try:
+        with _forwards_replaced(blocks, stand_in):
+            for index in range(len(batches)):
+                batch = batches[index]
+                with suppress(_Reached):
+                    model(
+                        input_ids=batch.input_ids.to(device),
+                        attention_mask=batch.attention_mask.to(device),
+                        use_cache=False,
+                    )
+    finally:
+        handle.remove()
 
 
 @contextmanager
@@ -77,16 +117,26 @@ def _recording(blocks: Sequence[nn.Module], result: Captured) -> Iterator[None]:
             result.calls[index].append(call)
             if not returns_tuple:
                 returns_tuple.append(isinstance(forward(*args, **kwargs), tuple))
+                result.returns_tuple = returns_tuple[0]
             if index == len(blocks) - 1:
-                raise _LastBlockReached
+                raise _Reached
             return (hidden,) if returns_tuple[0] else hidden
 
         return note
 
+    with _forwards_replaced(blocks, recorder):
+        yield
+
+
+@contextmanager
+def _forwards_replaced(
+    blocks: Sequence[nn.Module], make: Callable[[int, Any], Any]
+) -> Iterator[None]:
+    """Give each block, on the instance, the forward that ``make(index, its own)`` returns."""
     own = [block.__dict__.get("forward") for block in blocks]
     try:
         for index, block in enumerate(blocks):
-            block.__dict__["forward"] = recorder(index, block.forward)
+            block.__dict__["forward"] = make(index, block.forward)
         yield
     finally:
         for block, forward in zip(blocks, own, strict=True):

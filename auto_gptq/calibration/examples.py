@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +11,13 @@ import torch
 from torch import Tensor
 
 from ..errors import ExampleKeyError, ExamplesError
+from .forms import HOW, as_encodings
+
+logger = logging.getLogger(__name__)
 
 _REQUIRED = ("input_ids", "attention_mask")
-_HOW = (
-    "examples must be a list of dicts with `input_ids` and `attention_mask`, "
-    "as a tokenizer returns them: examples=[tokenizer(text) for text in texts]."
-)
+# Below this, Hessians of common widths (some thousand inputs) do not even have full rank.
+_FEW_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -32,39 +34,101 @@ class Batch:
 
 
 def make_batches(
-    examples: Sequence[Mapping[str, Any]],
+    examples: Any,
     batch_size: int = 1,
     pad_token_id: int = 0,
     vocab_size: int | None = None,
+    *,
+    tokenizer: Any = None,
+    max_length: int | None = None,
 ) -> list[Batch]:
     """Check examples and group them, in order, ``batch_size`` at a time.
 
+    :param examples: ids, or texts and chats beside a ``tokenizer``: see :mod:`.forms`
+    :param max_length: longest sequence of the model; the rest of a longer example is cut off
     :raises ExamplesError: (a ValueError) naming the example and what is wrong with it
     :raises ExampleKeyError: (also a KeyError) if an example lacks a key
     """
     if batch_size < 1:
         raise ExamplesError(f"batch_size is {batch_size}; it must be at least 1.")
-    if isinstance(examples, (str, bytes, Mapping)) or not isinstance(examples, Sequence):
-        raise ExamplesError(f"examples is a {type(examples).__name__}. {_HOW}")
-    if len(examples) == 0:
-        raise ExamplesError(f"examples is empty; at least one is needed, better 128. {_HOW}")
-    pairs = [_checked(i, example, vocab_size) for i, example in enumerate(examples)]
+    encodings = as_encodings(examples, tokenizer)
+    if not encodings:
+        raise ExamplesError(f"examples is empty; at least one is needed, better 128. {HOW}")
+    pairs = [_checked(i, example, vocab_size) for i, example in enumerate(encodings)]
+    if max_length is not None:
+        pairs = _cut(pairs, max_length)
+    tokens = sum(int(mask.sum()) for _, mask in pairs)
+    if tokens < _FEW_TOKENS:
+        logger.warning(
+            "The %d examples hold %d tokens, too few for a good calibration; 128 examples of 512 "
+            "to 2048 tokens are usual.",
+            len(pairs),
+            tokens,
+        )
     return [
         _padded(pairs[start : start + batch_size], pad_token_id)
         for start in range(0, len(pairs), batch_size)
     ]
 
 
-def _checked(i: int, example: Any, vocab_size: int | None) -> tuple[Tensor, Tensor]:
+def _cut(pairs: list[tuple[Tensor, Tensor]], length: int) -> list[tuple[Tensor, Tensor]]:
+    """Shorten what is longer than the model's longest sequence, padding first."""
+    long = [i for i, (ids, _) in enumerate(pairs) if ids.shape[1] > length]
+    if not long:
+        return pairs
+    result, cut = list(pairs), []
+    for i in long:
+        ids, mask = pairs[i]
+        start = int(mask.any(0).int().argmax())  # the first column that is not padding everywhere
+        result[i] = ids[:, start : start + length], mask[:, start : start + length]
+        if result[i][1].sum() < mask.sum():
+            cut.append(i)
+    if cut:
+        logger.warning(
+            "%d of %d examples, the first of them examples[%d], are longer than the %d tokens that "
+            "the model takes; what comes after these is left out.",
+            len(cut),
+            len(pairs),
+            cut[0],
+            length,
+        )
+    return result
+
+
+def merge_batches(batches: Sequence[Batch], tokens: int) -> list[Batch]:
+    """Join neighbouring batches of one length and without padding, up to a number of tokens.
+
+    Nothing but speed depends on it: rows of a batch do not see each other.
+    """
+    merged: list[Batch] = []
+    for batch in batches:
+        last = merged[-1] if merged else None
+        if (
+            last is not None
+            and last.input_ids.shape[1] == batch.input_ids.shape[1]
+            and last.input_ids.numel() + batch.input_ids.numel() <= tokens
+            and last.attention_mask.all()
+            and batch.attention_mask.all()
+        ):
+            merged[-1] = Batch(
+                torch.cat([last.input_ids, batch.input_ids]),
+                torch.cat([last.attention_mask, batch.attention_mask]),
+            )
+        else:
+            merged.append(batch)
+    return merged
+
+
+def _checked(i: int, example: Mapping[str, Any], vocab_size: int | None) -> tuple[Tensor, Tensor]:
     """Give one example's ids and mask, both ``[rows, T]`` int64."""
-    if not isinstance(example, Mapping):
-        raise ExamplesError(f"examples[{i}] is a {type(example).__name__}, not a dict. {_HOW}")
     for key in _REQUIRED:
         if key not in example:
             raise ExampleKeyError(
-                f"examples[{i}] has no `{key}`; it has {sorted(map(str, example))}. {_HOW}"
+                f"examples[{i}] has no `{key}`; it has {sorted(map(str, example))}. {HOW}"
             )
-    ids, mask = (_rows(i, key, example[key]) for key in _REQUIRED)
+    ids = _rows(i, "input_ids", example["input_ids"])
+    mask = example["attention_mask"]
+    mask = torch.ones_like(ids) if mask is None else _rows(i, "attention_mask", mask)
     if ids.shape != mask.shape:
         raise ExamplesError(
             f"examples[{i}]: input_ids has shape {list(ids.shape)} and attention_mask "

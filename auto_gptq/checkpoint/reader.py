@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+import zipfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from .. import hub
 from ..errors import CheckpointError, MissingFileError
+from .safetensors_file import DTYPES
 
 _SAFETENSORS = ".safetensors"
 _INDEX = ".index.json"
@@ -75,28 +77,55 @@ def _shards(source: str | Path, index: Path, **kwargs: Any) -> list[Path]:
     return shards
 
 
-def read_shapes(weights: WeightFiles) -> dict[str, list[int]]:
-    """Give the shape of every tensor without reading its values."""
-    shapes: dict[str, list[int]] = {}
+@dataclass(frozen=True)
+class Header:
+    """What is known of a tensor before its values are read."""
+
+    shape: list[int]
+    dtype: torch.dtype | None  # None: one that torch does not have
+    file: Path
+
+
+def read_headers(weights: WeightFiles) -> dict[str, Header]:
+    """Give shape and dtype of every tensor without reading its values.
+
+    :raises CheckpointError: if a file is damaged, or two files hold tensors of the same name
+    """
+    headers: dict[str, Header] = {}
+    for file in weights.files:
+        for name, header in _file_headers(file):
+            if name in headers:
+                raise CheckpointError(
+                    f"{name} lies in two files, {headers[name].file.name} and {file.name}; "
+                    "the shards do not belong together."
+                )
+            headers[name] = header
+    return headers
+
+
+def read_tensors(weights: WeightFiles, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    """Give the tensors of these names, on the CPU, file by file."""
     for file in weights.files:
         if file.suffix == _SAFETENSORS:
             with _open(file) as opened:
                 for name in opened.keys():  # noqa: SIM118 (not a dict)
-                    shapes[name] = list(opened.get_slice(name).get_shape())
+                    if name in names:
+                        yield name, opened.get_tensor(name)
         else:
-            shapes |= {name: list(tensor.shape) for name, tensor in _unpickled(file).items()}
-    return shapes
+            for name, tensor in _unpickled(file).items():
+                if name in names:
+                    yield name, tensor.clone()  # the model must not hang on the mapped file
 
 
-def read_tensors(weights: WeightFiles) -> Iterator[tuple[str, Tensor]]:
-    """Give every tensor with its name, on the CPU, file by file."""
-    for file in weights.files:
-        if file.suffix == _SAFETENSORS:
-            with _open(file) as opened:
-                for name in opened.keys():  # noqa: SIM118 (not a dict)
-                    yield name, opened.get_tensor(name)
-        else:
-            yield from _unpickled(file).items()
+def _file_headers(file: Path) -> Iterator[tuple[str, Header]]:
+    if file.suffix == _SAFETENSORS:
+        with _open(file) as opened:
+            for name in opened.keys():  # noqa: SIM118 (not a dict)
+                part = opened.get_slice(name)
+                yield name, Header(list(part.get_shape()), DTYPES.get(part.get_dtype()), file)
+    else:
+        for name, tensor in _unpickled(file).items():
+            yield name, Header(list(tensor.shape), tensor.dtype, file)
 
 
 def _open(file: Path) -> Any:
@@ -112,11 +141,14 @@ def _open(file: Path) -> Any:
 def _unpickled(file: Path) -> Mapping[str, Tensor]:
     """Read a legacy file; only tensors are ever unpickled."""
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        # Mapped where the file's form allows it, so that headers come without the values.
+        content = torch.load(
+            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+        )
     except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
         raise CheckpointError(
             f"{file} cannot be read safely: it is damaged or holds more than tensors ({error})."
         ) from None
-    if not isinstance(content, Mapping):
+    if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
         raise CheckpointError(f"{file} holds a {type(content).__name__}, not named tensors.")
     return {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}

@@ -19,10 +19,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .packing import pack, unpack
+from ..errors import CheckpointError
+from .packing import CODES_PER_STREAM, pack, unpack
 
-# What is added to a stored zero point to get the real one, by checkpoint format.
-ZERO_OFFSET = {"gptq": 1, "gptq_v2": 0}
+# What is added to a stored zero point to get the real one, by checkpoint format.  The last two are
+# layouts on disk only: in memory their zero points are stored as this says.
+ZERO_OFFSET = {"gptq": 1, "gptq_v2": 0, "marlin": 1, "gemm": 0}
 
 
 @dataclass(frozen=True)
@@ -77,3 +79,51 @@ def unpack_zeros(qzeros: Tensor, bits: int, zero_offset: int) -> Tensor:
     """Give the zero points ``[G, N]`` int32; a stored -1 of v1 reads as 0."""
     stored = unpack(qzeros.t(), bits).t().to(torch.int32)
     return (stored + zero_offset) & ((1 << bits) - 1)
+
+
+def convert_zeros(
+    qzeros: Tensor,  # [G, N / 32 * bits]
+    bits: int,
+    *,
+    source: str,
+    target: str,
+    name: str = "The layer",
+) -> Tensor:  # [G, N / 32 * bits]
+    """Rewrite zero points for another format.
+
+    :param name: what to call the layer in the message
+    :raises CheckpointError: if the target is v1 and a zero point is 0, which v1 cannot say: it
+        stores -1 as the largest code, and its readers take that for 0 or for ``2**bits``
+    """
+    added, subtracted = ZERO_OFFSET[source], ZERO_OFFSET[target]
+    if added == subtracted:
+        return qzeros
+    zeros = unpack_zeros(qzeros, bits, added)
+    if subtracted and (zeros == 0).any():
+        raise CheckpointError(
+            f"{name} has {int((zeros == 0).sum())} zero points of 0, which the format {target!r} "
+            "cannot hold. Save with checkpoint_format='gptq_v2'."
+        )
+    return _pack_zeros((zeros - subtracted) & ((1 << bits) - 1), bits)
+
+
+def middle_zeros(groups: int, out_features: int, bits: int, checkpoint_format: str) -> Tensor:
+    """Give the ``qzeros`` of a symmetric layer: every zero point is ``2**(bits - 1)``."""
+    stored = (1 << (bits - 1)) - ZERO_OFFSET[checkpoint_format]
+    word = pack(torch.full((CODES_PER_STREAM, 1), stored), bits).flatten()
+    return word.repeat(groups, out_features // CODES_PER_STREAM)
+
+
+def has_middle_zeros(qzeros: Tensor, bits: int, checkpoint_format: str) -> bool:
+    """Tell whether every zero point is the middle code, as in a symmetric layer."""
+    zeros = unpack_zeros(qzeros, bits, ZERO_OFFSET[checkpoint_format])
+    return bool((zeros == 1 << (bits - 1)).all())
+
+
+def has_zero_zeros(qzeros: Tensor, bits: int, checkpoint_format: str) -> bool:
+    """Tell whether some zero point is 0, which v1 cannot hold."""
+    return bool((unpack_zeros(qzeros, bits, ZERO_OFFSET[checkpoint_format]) == 0).any())
+
+
+def _pack_zeros(stored: Tensor, bits: int) -> Tensor:
+    return pack(stored.t(), bits).t().contiguous()

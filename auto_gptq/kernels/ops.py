@@ -84,26 +84,37 @@ torch.library.register_autograd(
 
 _define(
     "solve_columns",
-    "Tensor(a!) weight, Tensor inverse, Tensor scales, Tensor zeros, Tensor group, int maxq",
+    "Tensor(a!) weight, Tensor(b!) codes, Tensor(c!) errors, "
+    "Tensor inverse, Tensor scales, Tensor zeros, Tensor group, int maxq",
     reference.solve_columns,
-    "(Tensor codes, Tensor errors)",
+    "()",
 )
 
 
 @torch.library.register_fake("auto_gptq::solve_columns", lib=_library)
-def _(
-    weight: Tensor, inverse: Tensor, scales: Tensor, zeros: Tensor, group: Tensor, maxq: int
-) -> tuple[Tensor, Tensor]:
-    return weight.new_empty(weight.shape, dtype=torch.uint8), weight.new_empty(weight.shape)
+def _(*_tensors: Tensor | int) -> None:
+    return None
 
 
 _define(
-    "choose_grid",
-    "Tensor weight, Tensor importance, Tensor scales, Tensor zeros, int maxq",
-    reference.choose_grid,
+    "fit_grids",
+    "Tensor weight, Tensor importance, Tensor factors, int group_size, int bits, bool symmetric, "
+    "int lowest_zero, ScalarType scale_dtype",
+    reference.fit_grids,
+    "(Tensor scales, Tensor zeros)",
 )
 
 
-@torch.library.register_fake("auto_gptq::choose_grid", lib=_library)
-def _(weight: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, maxq: int) -> Tensor:
-    return weight.new_empty(weight.shape[1], dtype=torch.int64)
+@torch.library.register_fake("auto_gptq::fit_grids", lib=_library)
+def _(
+    weight: Tensor,
+    importance: Tensor,
+    factors: Tensor,
+    group_size: int,
+    bits: int,
+    symmetric: bool,
+    lowest_zero: int,
+    scale_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    shape = (-(-weight.shape[0] // group_size), weight.shape[1])
+    return weight.new_empty(shape), weight.new_empty(shape)

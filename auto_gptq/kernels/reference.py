@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..formats.gptq import unpack_codes, unpack_zeros
-from ..formats.grid import Grid
+from ..formats.grid import Grid, GridRule
 
 
 def dequantize(
@@ -44,18 +44,18 @@ def q_linear(
 
 def solve_columns(
     weight: Tensor,  # [B, N] fp32, a block of columns held transposed; updated in place
+    codes: Tensor,  # out [B, N] uint8
+    errors: Tensor,  # out [B, N] fp32: rounding errors, divided by the factor's diagonal
     inverse: Tensor,  # [B, B] fp32, upper triangular factor of the inverse Hessian
     scales: Tensor,  # [G, N] fp32
     zeros: Tensor,  # [G, N] fp32, whole numbers
     group: Tensor,  # [B] int64, the group of each column
     maxq: int,
-) -> tuple[Tensor, Tensor]:  # codes [B, N] uint8; errors [B, N], divided by the diagonal
+) -> None:
     """Quantize columns one after another, taking each one's error out of the later ones.
 
     (GPTQ, section 4, algorithm 1, the inner loop.)
     """
-    codes = torch.empty_like(weight, dtype=torch.uint8)
-    errors = torch.empty_like(weight)
     column_scales, column_zeros = scales[group], zeros[group]
     diagonal = inverse.diagonal()
     for i in range(weight.shape[0]):
@@ -64,19 +64,35 @@ def solve_columns(
         torch.div(weight[i] - grid.from_codes(kept), diagonal[i], out=errors[i])
         weight[i + 1 :].addr_(inverse[i, i + 1 :], errors[i], alpha=-1)
         codes[i] = kept
-    return codes, errors
 
 
-def choose_grid(
-    weight: Tensor,  # [n, N] fp32, a group of columns held transposed
+def fit_grids(
+    weight: Tensor,  # [n, N] fp32, columns held transposed
     importance: Tensor,  # [n] fp32, weight of each column's squared error
-    scales: Tensor,  # [F, N] fp32, candidates
-    zeros: Tensor,  # [F, N] fp32, whole numbers
-    maxq: int,
-) -> Tensor:  # [N] int64
-    """Give, for each output, the first of the grids with the least weighted squared error."""
-    errors = []
-    for scale, zero in zip(scales, zeros, strict=True):
-        grid = Grid(scale, zero, maxq)
-        errors.append(importance @ (weight - grid.from_codes(grid.to_codes(weight))).square())
-    return torch.stack(errors).argmin(0)
+    factors: Tensor,  # [F] fp32, ranges to try as shares of the min-max one
+    group_size: int,
+    bits: int,
+    symmetric: bool,
+    lowest_zero: int,
+    scale_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # scales, zeros: [G, N] fp32; the last group may be short
+    """Give every group of columns, for each output, the grid of the least weighted squared error.
+
+    Of equal errors the first factor's grid is taken.
+    """
+    rule = GridRule(bits, symmetric, scale_dtype, lowest_zero)
+    grids = []
+    for start in range(0, weight.shape[0], group_size):
+        part = slice(start, start + group_size)
+        group = weight[part]
+        lowest, highest = group.amin(0).clamp(max=0), group.amax(0).clamp(min=0)
+        tried = [rule.span(lowest * factor, highest * factor) for factor in factors]
+        missed = [group - grid.from_codes(grid.to_codes(group)) for grid in tried]
+        best = torch.stack([importance[part] @ x.square() for x in missed]).argmin(0, keepdim=True)
+        grids.append([torch.stack(x).gather(0, best)[0] for x in _fields(tried)])
+    scales, zeros = ([*x] for x in zip(*grids, strict=True))
+    return torch.stack(scales), torch.stack(zeros)
+
+
+def _fields(grids: list[Grid]) -> tuple[list[Tensor], list[Tensor]]:
+    return [grid.scale for grid in grids], [grid.zero for grid in grids]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +13,14 @@ from torch import nn
 from .._version import __version__
 from ..architectures import Architecture, find
 from ..calibration.examples import make_batches
+from ..checkpoint.writer import Files
 from ..errors import QuantizedStateError
 from ..pipeline.quantize import quantize_model
 from ..pipeline.report import ModuleReport
 from ..quantization.config import QUANTIZE_BLACK_LIST, BaseQuantizeConfig
 from . import load
 from ._const import SUPPORTED_MODELS
+from .carry import Source, load_generation_config
 from .place import place
 from .save import save_checkpoint
 
@@ -58,6 +60,9 @@ class BaseGPTQForCausalLM(nn.Module):
         self.injected_fused_mlp = injected_fused_mlp
         self.trainable = trainable
         self.report: list[ModuleReport] = []  # filled by quantize()
+        self.calibration_rows = 0  # filled by quantize()
+        self.perplexity: dict[str, float] = {}  # yours to fill: text → value, for the model card
+        self._source: Source | None = None  # where the model came from, if it was loaded
 
     @property
     def quantized(self) -> bool:
@@ -118,13 +123,14 @@ class BaseGPTQForCausalLM(nn.Module):
 
     def quantize(
         self,
-        examples: Sequence[Mapping[str, Any]],
+        examples: Any,
         batch_size: int = 1,
         use_triton: bool = False,
         use_cuda_fp16: bool = True,
         autotune_warmup_after_quantized: bool = False,
         cache_examples_on_gpu: bool = True,
         *,
+        tokenizer: Any = None,
         show_progress: bool | None = None,
     ) -> None:
         """Quantize the model in place, calibrating on examples.
@@ -132,7 +138,9 @@ class BaseGPTQForCausalLM(nn.Module):
         ``use_triton``, ``use_cuda_fp16`` and ``autotune_warmup_after_quantized`` chose among
         AutoGPTQ's kernels and mean nothing here.
 
-        :param examples: dicts with ``input_ids`` and ``attention_mask``; padding does not count
+        :param examples: dicts with ``input_ids`` and ``attention_mask``, or ids alone; padding
+            does not count
+        :param tokenizer: given that, examples may be texts or chats, or a dataset of them
         :param batch_size: examples that run through a block at a time
         :param show_progress: draw a bar; None for only on a terminal
         :raises QuantizedStateError: (an EnvironmentError) if the model is quantized already
@@ -147,11 +155,17 @@ class BaseGPTQForCausalLM(nn.Module):
                 "use 'gptq'."
             )
         batches = make_batches(
-            examples, batch_size, self._pad_token_id(), getattr(self.config, "vocab_size", None)
+            examples,
+            batch_size,
+            self._pad_token_id(),
+            getattr(self.config, "vocab_size", None),
+            tokenizer=tokenizer,
+            max_length=self._longest_sequence(),
         )
         self.report = quantize_model(
             self.model, self.architecture, self.quantize_config, batches, show_progress
         )
+        self.calibration_rows = sum(len(batch.input_ids) for batch in batches)
         self._quantized = True
 
     def save_quantized(
@@ -159,10 +173,18 @@ class BaseGPTQForCausalLM(nn.Module):
         save_dir: str | Path,
         use_safetensors: bool = True,
         safetensors_metadata: dict[str, Any] | None = None,
+        *,
+        max_shard_size: int | str | None = None,
+        checkpoint_format: str | None = None,
     ) -> None:
         """Write the packed model into a folder that AutoGPTQ, transformers and vLLM can read.
 
+        The tokenizer's files come along from where the model was loaded.
+
+        :param max_shard_size: most bytes a file, or like "2GB"; None for one file
+        :param checkpoint_format: "gptq", "gptq_v2" or "marlin"; None for that of the settings
         :raises QuantizedStateError: (an EnvironmentError) if the model is not quantized
+        :raises CheckpointError: (a ValueError) naming the layer that the format cannot hold
         """
         if not self.quantized:
             raise QuantizedStateError("The model is not quantized yet; call quantize() first.")
@@ -171,8 +193,10 @@ class BaseGPTQForCausalLM(nn.Module):
             self.quantize_config,
             save_dir,
             version=__version__,
-            use_safetensors=use_safetensors,
+            files=Files(use_safetensors, max_shard_size),
             safetensors_metadata=safetensors_metadata,
+            checkpoint_format=checkpoint_format,
+            source=self._source,
         )
         self.quantize_config.model_name_or_path = str(save_dir)
 
@@ -181,10 +205,20 @@ class BaseGPTQForCausalLM(nn.Module):
         save_dir: str | Path,
         use_safetensors: bool = True,
         safetensors_metadata: dict[str, Any] | None = None,
-        **_kwargs: Any,
+        **kwargs: Any,
     ) -> None:
-        """Do what :meth:`save_quantized` does, under transformers' name."""
-        self.save_quantized(save_dir, use_safetensors, safetensors_metadata)
+        """Do what :meth:`save_quantized` does, under transformers' name.
+
+        Of its other arguments only ``max_shard_size`` and ``checkpoint_format`` mean anything.
+        """
+        known = {k: kwargs[k] for k in ("max_shard_size", "checkpoint_format") if k in kwargs}
+        self.save_quantized(save_dir, use_safetensors, safetensors_metadata, **known)
+
+    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """Upload the saved model to the Hub: see :func:`.publish.push_to_hub`."""
+        from .publish import push_to_hub
+
+        return push_to_hub(self, repo_id, *args, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -207,6 +241,7 @@ class BaseGPTQForCausalLM(nn.Module):
             pretrained_model_name_or_path, torch_dtype, trust_remote_code, **model_init_kwargs
         )
         wrapper = cls(model, False, quantize_config)
+        wrapper._source = Source.of(pretrained_model_name_or_path, model_init_kwargs)
         wrapper._set_seqlen()
         return wrapper
 
@@ -258,23 +293,30 @@ class BaseGPTQForCausalLM(nn.Module):
             fast_half = torch.cuda.is_available() and not on_cpu
             torch_dtype = torch.float16 if fast_half else torch.float32
         model = load.load_packed(model_config, weights, settings, torch_dtype, trust_remote_code)
+        load_generation_config(model, Source.of(model_name_or_path, kwargs))
         place(model, device, device_map, max_memory)
         settings.model_name_or_path = str(model_name_or_path)
         settings.model_file_base_name = weights.base_name
         wrapper = cls(model, True, settings, trainable=trainable)
+        wrapper._source = Source.of(model_name_or_path, kwargs)
         wrapper._set_seqlen()
         return wrapper
 
     def _set_seqlen(self) -> None:
+        self.model.__dict__["seqlen"] = self._longest_sequence() or 4096
+
+    def _longest_sequence(self) -> int | None:
         lengths = (getattr(self.config, key, None) for key in _SEQLEN_KEYS)
-        self.model.__dict__["seqlen"] = next((length for length in lengths if length), 4096)
+        return next((length for length in lengths if length), None)
 
     def _pad_token_id(self) -> int:
-        """Any id will do, since padding is masked everywhere."""
+        """Any known token will do, since padding is masked everywhere."""
         for key in ("pad_token_id", "eos_token_id"):
             candidate = getattr(self.config, key, None)
             first = candidate[0] if isinstance(candidate, (list, tuple)) else candidate
-            if isinstance(first, int) and first >= 0:
+            if isinstance(first, int) and 0 <= first < getattr(
+                self.config, "vocab_size", first + 1
+            ):
                 return first
         return 0
 

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import hub
-from ..checkpoint.reader import WeightFiles, find_weights, read_shapes, read_tensors
+from ..checkpoint.fill import fill, some
+from ..checkpoint.layouts import find_packed
+from ..checkpoint.reader import WeightFiles, find_weights, read_headers
 from ..errors import CheckpointError
-from ..nn_modules.qlinear.linear import QuantLinear
-from ..nn_modules.surgery import empty_quant_linear, find_linears, replace
-from ..quantization.config import BaseQuantizeConfig
+from ..formats.gptq import middle_zeros
+from ..formats.marlin import find_obstacle
+from ..nn_modules.qlinear.linear import QuantLinear, check_shape
+from ..nn_modules.surgery import (
+    empty_quant_linear,
+    features,
+    find_linears,
+    output_head,
+    replace,
+    untie,
+)
+from ..quantization.config import CHECKPOINT_FORMAT, BaseQuantizeConfig
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-logger = logging.getLogger(__name__)
-
-_MOST_NAMES_SHOWN = 8
 
 
 def load_dense(
@@ -79,21 +86,22 @@ def load_packed(
 ) -> PreTrainedModel:
     """Build the model around the checkpoint's packed tensors and load all of them.
 
-    A linear is quantized exactly if the checkpoint has its ``qweight``.
+    In memory every layer holds GPTQ's tensors, whatever the layout on disk.
 
-    :raises CheckpointError: if tensors are missing, superfluous in place of others, or misshapen
+    A linear is quantized exactly if the checkpoint has its ``qweight``, or Marlin's ``B``.
+
+    :raises CheckpointError: if tensors are missing, superfluous in place of others, misshapen, of
+        a wrong dtype or damaged
     """
-    shapes = read_shapes(weights)
+    headers = read_headers(weights)
     model = _skeleton(model_config, torch_dtype, trust_remote_code)
-    _insert_quant_linears(model, shapes, config)
-    _check_names_and_shapes(model, shapes, weights, config)
-    for name, tensor in read_tensors(weights):
-        if name in shapes:
-            _assign(model, name, tensor, torch_dtype)
+    head = output_head(model)
+    if head is not None and head in find_packed(headers, config.checkpoint_format):
+        untie(model, head)
+    layouts = _insert_quant_linears(model, headers, config)
+    contiguous = {name for name in layouts if _is_contiguous(config.settings_for(name) or config)}
+    fill(model, weights, headers, layouts, torch_dtype=torch_dtype, contiguous=contiguous)
     model.tie_weights()
-    for name, layer in model.named_modules():
-        if isinstance(layer, QuantLinear):
-            layer.check(name)
     model.eval()
     return model
 
@@ -115,89 +123,45 @@ def _skeleton(
 
 
 def _insert_quant_linears(
-    model: nn.Module, shapes: dict[str, list[int]], config: BaseQuantizeConfig
-) -> None:
+    model: nn.Module, names: Iterable[str], config: BaseQuantizeConfig
+) -> dict[str, str]:
+    """Put a QuantLinear in place for each packed linear, and give each one's layout on disk."""
     linears = find_linears(model)
-    packed = [name.removesuffix(".qweight") for name in shapes if name.endswith(".qweight")]
-    foreign = [name for name in packed if name not in linears]
-    if foreign or not packed:
+    layouts = find_packed(names, config.checkpoint_format)
+    foreign = [name for name in layouts if name not in linears]
+    if foreign or not layouts:
         raise CheckpointError(
-            "The checkpoint holds no packed weights (`*.qweight`); is it a full-precision model?"
-            if not packed
-            else f"The checkpoint holds packed weights for {_some(foreign)}, which are no linear "
+            "The checkpoint holds no packed weights (`*.qweight`, or `*.B` and `*.s`); "
+            "is it a full-precision model?"
+            if not layouts
+            else f"The checkpoint holds packed weights for {some(foreign)}, which are no linear "
             f"layers of {type(model).__name__}."
         )
     layers = []
-    for name in packed:
-        layer = empty_quant_linear(
-            linears[name], config.bits, config.group_size, config.checkpoint_format
-        )
+    for name, layout in layouts.items():
+        own = config.settings_for(name) or config
+        check_shape(name, *features(linears[name]), own.group_size)
+        layer = empty_quant_linear(linears[name], own.bits, own.group_size, layout)
+        if layout == CHECKPOINT_FORMAT.MARLIN:
+            _prepare_marlin(name, layer)
         layers.append((name, layer))
     replace(model, layers)
+    return layouts
 
 
-def _check_names_and_shapes(
-    model: nn.Module,
-    shapes: dict[str, list[int]],
-    weights: WeightFiles,
-    config: BaseQuantizeConfig,
-) -> None:
-    """Compare the checkpoint's tensors with the model's before any is loaded."""
-    # Where groups are contiguous g_idx says nothing new, and some tools leave it out.
-    contiguous = config.group_size == -1 or config.static_groups or not config.desc_act
-    where = weights.files[0].parent
-    expected = model.state_dict()
-    tied = _tied_names(model)
-    missing = [
-        name
-        for name in expected
-        if name not in shapes
-        and not any(twin in shapes for twin in tied.get(name, ()))
-        and not (contiguous and name.endswith(".g_idx"))
-    ]
-    if missing:
+def _is_contiguous(settings: BaseQuantizeConfig) -> bool:
+    return settings.group_size == -1 or settings.static_groups or not settings.desc_act
+
+
+def _prepare_marlin(name: str, layer: QuantLinear) -> None:
+    """Fill in what Marlin does not store."""
+    obstacle = find_obstacle(
+        layer.bits, layer.in_features, layer.out_features, layer.group_size, symmetric=True
+    )
+    if obstacle is not None:
         raise CheckpointError(
-            f"The checkpoint in {where} lacks {len(missing)} tensors: {_some(missing)}. "
-            "It is incomplete, or belongs to another model."
+            f"{name} lies in the checkpoint as Marlin tensors, but {obstacle}: the quantization "
+            "config (bits, group_size) belongs to another checkpoint."
         )
-    for name, tensor in expected.items():
-        if name in shapes and list(tensor.shape) != shapes[name]:
-            raise CheckpointError(
-                f"{name} has shape {shapes[name]} in {where}, but the model and the quantization "
-                f"config (bits, group_size) ask for {list(tensor.shape)}."
-            )
-    unexpected = [name for name in shapes if name not in expected]
-    if unexpected:
-        logger.warning("Ignoring tensors that the model does not have: %s", _some(unexpected))
-        for name in unexpected:
-            del shapes[name]
-
-
-def _tied_names(model: nn.Module) -> dict[str, set[str]]:
-    """Give, for each parameter's name, all names of the same parameter."""
-    names: dict[int, set[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), set()).add(name)
-    return {name: group for group in names.values() for name in group}
-
-
-def _assign(model: nn.Module, name: str, tensor: Tensor, torch_dtype: torch.dtype) -> None:
-    owner_name, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(owner_name)
-    if isinstance(owner, QuantLinear):
-        if leaf == "g_idx":
-            tensor = tensor.to(torch.int32)
-        setattr(owner, leaf, tensor)  # as stored: scales keep their precision
-        return
-    if tensor.is_floating_point():
-        tensor = tensor.to(torch_dtype)
-    if leaf in owner._parameters:
-        setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
-    else:
-        setattr(owner, leaf, tensor)
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:_MOST_NAMES_SHOWN])
-    more = len(names) - _MOST_NAMES_SHOWN
-    return f"{shown} and {more} more" if more > 0 else shown
+    groups, out_features = layer.scales.shape
+    layer.qzeros = middle_zeros(groups, out_features, layer.bits, layer.checkpoint_format)

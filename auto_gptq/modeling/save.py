@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import copy
+import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from ..checkpoint.writer import staged, write_weights
+from ..checkpoint.layouts import WRITABLE, encode
+from ..checkpoint.safetensors_file import Outgoing
+from ..checkpoint.writer import Files, file_pattern, staged, write_weights
 from ..errors import ConfigError
-from ..quantization.config import BaseQuantizeConfig
+from ..formats.gptq import has_middle_zeros, has_zero_zeros
+from ..nn_modules.qlinear.linear import QuantLinear
+from ..quantization.config import (
+    CHECKPOINT_FORMAT,
+    ORDERLESS,
+    QUANT_METHOD,
+    BaseQuantizeConfig,
+)
+from .carry import Source, carry_files
+from .legacy_config import with_legacy_keys
 from .load import default_base_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 
 def save_checkpoint(
@@ -24,58 +39,107 @@ def save_checkpoint(
     save_dir: str | Path,
     *,
     version: str,
-    use_safetensors: bool = True,
+    files: Files,
     safetensors_metadata: dict[str, Any] | None = None,
+    checkpoint_format: str | None = None,
+    source: Source | None = None,
 ) -> None:
-    """Write weights, ``config.json``, ``quantize_config.json`` and ``generation_config.json``.
+    """Write weights, their settings, ``config.json`` and what else the model came with.
 
     The final names appear only once everything has been written.
 
-    :raises ConfigError: if the metadata is not a dict
+    :param checkpoint_format: "gptq", "gptq_v2" or "marlin"; None for what the settings say
+    :param source: where the tokenizer's files are copied from
+    :raises ConfigError: if the metadata is not a dict, or the format or size is none
+    :raises CheckpointError: naming the layer that the format cannot hold
     """
     folder = Path(save_dir)
     base_name = config.model_file_base_name or default_base_name(config)
-    settings = saved_config(config)
+    settings = saved_config(config, model, checkpoint_format)
     metadata = _metadata(settings, version, safetensors_metadata)
-    model_config = copy.deepcopy(model.config)
-    model_config.quantization_config = settings.to_dict()
-    with staged(folder) as stage:
-        write_weights(
-            _tensors(model), stage, base_name, metadata=metadata, use_safetensors=use_safetensors
-        )
-        (stage / "config.json").write_text(
-            model_config.to_json_string(use_diff=False), encoding="utf-8"
-        )
+    tensors = _tensors(model, settings.checkpoint_format)
+    with staged(folder, replaces=file_pattern(base_name, files)) as stage:
+        write_weights(tensors, stage, base_name, metadata=metadata, files=files)
+        (stage / "config.json").write_text(_model_config(model, settings), encoding="utf-8")
         settings.save_pretrained(stage)
         if model.generation_config is not None:
-            model.generation_config.save_pretrained(stage)
+            # Not its save_pretrained: that refuses settings which many published models have.
+            (stage / "generation_config.json").write_text(
+                model.generation_config.to_json_string(), encoding="utf-8"
+            )
+        if source is not None:
+            carry_files(source, stage)
 
 
-def saved_config(config: BaseQuantizeConfig) -> BaseQuantizeConfig:
+def saved_config(
+    config: BaseQuantizeConfig, model: nn.Module, checkpoint_format: str | None = None
+) -> BaseQuantizeConfig:
     """Give the settings as a reader has to see them.
 
     With static groups the processing order left no trace in ``g_idx``; saying ``desc_act: true``
     would make vLLM refuse the checkpoint.  Paths of this machine are nobody's business.
     """
+    target = checkpoint_format or config.checkpoint_format
+    sym = config.sym
+    if target == CHECKPOINT_FORMAT.AWQ_GEMM and checkpoint_format is None:
+        target, sym = _replacement_of_awq(model)
+    if target not in WRITABLE:
+        raise ConfigError(f"checkpoint_format is {target!r}; it must be one of {WRITABLE}.")
+    ordered = target not in ORDERLESS
+    dynamic = None if config.dynamic is None else copy.deepcopy(config.dynamic)
+    for override in (dynamic or {}).values():
+        if "desc_act" in override or "static_groups" in override:
+            own = replace(config, dynamic=None, **override)
+            override["desc_act"] = own.desc_act and not own.static_groups and ordered
     return replace(
         config,
-        desc_act=config.desc_act and not config.static_groups,
+        dynamic=dynamic,
+        sym=sym,
+        desc_act=config.desc_act and not config.static_groups and ordered,
+        quant_method=QUANT_METHOD.GPTQ,
+        checkpoint_format=target,
         model_name_or_path=None,
         model_file_base_name=None,
     )
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Give all tensors of a model by name, tied parameters once."""
-    tensors: dict[str, Tensor] = {}
+def _replacement_of_awq(model: nn.Module) -> tuple[str, bool]:
+    """Choose the format for a model read from AWQ, which is not written, and say if symmetric."""
+    layers = _quant_linears(model).values()
+    sym = all(has_middle_zeros(x.qzeros, x.bits, x.checkpoint_format) for x in layers)
+    if any(has_zero_zeros(x.qzeros, x.bits, x.checkpoint_format) for x in layers):
+        logger.info("Some zero points are 0, which 'gptq' cannot hold; saving as 'gptq_v2'.")
+        return CHECKPOINT_FORMAT.GPTQ_V2, sym
+    return CHECKPOINT_FORMAT.GPTQ, sym
+
+
+def _quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+
+
+def _tensors(model: nn.Module, checkpoint_format: str) -> dict[str, Outgoing]:
+    """Give all tensors of a model by name, in its order, tied parameters once."""
+    layers = _quant_linears(model)
+    tensors: dict[str, Outgoing] = {}
     written: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in written:
-            tensors[name] = tensor
-        elif not isinstance(tensor, nn.Parameter):  # layers of one input share their g_idx
-            tensors[name] = tensor.clone()
+        owner = name.rpartition(".")[0]
+        if owner in layers:
+            if f"{owner}.qweight" == name:  # one buffer stands for all of them
+                encoded = encode(owner, layers[owner], checkpoint_format)
+                tensors |= {f"{owner}.{leaf}": value for leaf, value in encoded.items()}
+        elif id(tensor) not in written or not isinstance(tensor, nn.Parameter):
+            tensors[name] = Outgoing.of(tensor)
         written.add(id(tensor))
     return tensors
+
+
+def _model_config(model: PreTrainedModel, settings: BaseQuantizeConfig) -> str:
+    config = copy.deepcopy(model.config)
+    config.quantization_config = settings.to_dict()
+    written = with_legacy_keys(json.loads(config.to_json_string(use_diff=False)))
+    written.pop("_name_or_path", None)  # a path of this machine, if anything
+    return json.dumps(written, indent=2, sort_keys=True) + "\n"
 
 
 def _metadata(

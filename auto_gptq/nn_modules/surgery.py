@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -66,6 +67,28 @@ def replace(model: nn.Module, layers: Iterable[tuple[str, nn.Module]]) -> None:
     for name, layer in layers:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
+
+
+def output_head(model: nn.Module) -> str | None:
+    """Give the dotted name of the linear that makes logits, if the model says which it is."""
+    ask: Any = getattr(model, "get_output_embeddings", None)
+    found = None if ask is None else ask()
+    return next((name for name, child in model.named_modules() if child is found), None)
+
+
+def untie(model: nn.Module, head: str) -> None:
+    """Give the output head a weight of its own, and make the model and its config say so."""
+    linear: Any = model.get_submodule(head)
+    if not linear.weight.is_meta:
+        linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
+    config: Any = model.config
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        if hasattr(part, "tie_word_embeddings"):
+            part.tie_word_embeddings = False
+    # transformers 5 keeps, beside the config, which keys are tied, and would tie them again.
+    tied = getattr(model, "all_tied_weights_keys", None)
+    if isinstance(tied, dict):
+        tied.pop(f"{head}.weight", None)
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype) -> None:

@@ -45,11 +45,12 @@ def solve_step(
     block: nn.Module,
     linears: Mapping[str, nn.Module],
     feed: Feed,
-    options: SolverOptions,
+    options: Mapping[str, SolverOptions],  # by the names of the linears
 ) -> Iterator[Solved]:
     """Solve the linears of one step, and leave their dequantized weights in the block.
 
-    Linears that read the same tensor share one Hessian and one factorization.
+    Linears that read the same tensor share one Hessian, and those with the same options also one
+    factorization.
     """
     collector = _Collector(linears)
     with collector.hooked():
@@ -57,15 +58,14 @@ def solve_step(
             collector.keep = keep
             collector.run(block, hidden, call)
     for sharing in collector.sharing:
-        yield from _solve_together(
-            {name: linears[name] for name in sharing.names}, sharing.hessian, options
-        )
+        together = {name: linears[name] for name in sharing.names}
+        yield from solve_together(together, sharing.hessian, options)
     for name, linear in linears.items():
         if name not in collector.seen:
             logger.warning("%s saw no calibration token; its weights are only rounded.", name)
             columns = dense_weight(linear).shape[1]
             nothing = Hessian(columns, dense_weight(linear).device)
-            yield from _solve_together({name: linear}, nothing, options)
+            yield from solve_together({name: linear}, nothing, options)
 
 
 def propagate(block: nn.Module, feed: Feed) -> None:
@@ -75,6 +75,14 @@ def propagate(block: nn.Module, feed: Feed) -> None:
     """
     for i, (hidden, call) in enumerate(zip(feed.hidden, feed.calls, strict=True)):
         feed.hidden[i] = run_block(block, hidden, call)
+    check_finite(feed)
+
+
+def check_finite(feed: Feed) -> None:
+    """Look at the hidden states after a block.
+
+    :raises NumericsError: if they hold NaN or infinity
+    """
     if not torch.stack([torch.isfinite(hidden).all() for hidden in feed.hidden]).all():
         raise NumericsError(
             "the block's outputs hold NaN or infinity. If the model runs in float16, load it with "
@@ -89,10 +97,21 @@ def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
     return result
 
 
-def _solve_together(
+def solve_together(
+    linears: Mapping[str, nn.Module],
+    hessian: Hessian,
+    options: Mapping[str, SolverOptions],  # by the names of the linears
+) -> Iterator[Solved]:
+    """Solve linears of one input, those with the same options as one."""
+    for alike in dict.fromkeys(options[name] for name in linears):
+        stacked = {name: linear for name, linear in linears.items() if options[name] == alike}
+        yield from _solve_stacked(stacked, hessian, alike)
+
+
+def _solve_stacked(
     linears: Mapping[str, nn.Module], hessian: Hessian, options: SolverOptions
 ) -> Iterator[Solved]:
-    """Solve linears of one input as one tall matrix, then part them again."""
+    """Solve linears as one tall matrix, then part them again."""
     started = time.perf_counter()
     mean = hessian.mean()
     weights = {name: dense_weight(linear).float() for name, linear in linears.items()}
@@ -164,7 +183,7 @@ class _Collector:
                 self._assign(name, args[0])
             for sharing in self.sharing:
                 if sharing.names[0] == name:
-                    sharing.hessian.add(args[0], self._mask(args[0]))
+                    sharing.hessian.add(args[0], kept_tokens(self.keep, args[0]))
             self._waiting.discard(name)
             # The rest of the block's forward is wanted by nobody.  In the first pass it is not
             # known yet which linears will run.
@@ -186,10 +205,12 @@ class _Collector:
         self._inputs[name] = x
         self.sharing.append(_Sharing([name], Hessian(x.shape[-1], x.device)))
 
-    def _mask(self, x: Tensor) -> Tensor | None:
-        if self.keep is None:
-            return None
-        if x.shape[:-1] == self.keep.shape:
-            return self.keep
-        # Some models flatten batch and time; anything else is a choice of tokens of its own.
-        return self.keep.flatten() if x.shape[:-1] == (self.keep.numel(),) else None
+
+def kept_tokens(keep: Tensor | None, x: Tensor) -> Tensor | None:
+    """Give the mask of real tokens in the shape of a linear's input ``[..., K]``."""
+    if keep is None:
+        return None
+    if x.shape[:-1] == keep.shape:
+        return keep
+    # Some models flatten batch and time; anything else is a choice of tokens of its own.
+    return keep.flatten() if x.shape[:-1] == (keep.numel(),) else None

@@ -2,87 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ..architectures import Architecture
-from ..calibration.capture import Captured, capture
-from ..calibration.examples import Batch
-from ..errors import NumericsError, UnsupportedModelError
-from ..formats.grid import GridRule
-from ..nn_modules.qlinear.linear import check_shape
-from ..nn_modules.surgery import features, find_linears, quantized_from, replace
+from ..calibration.capture import BlockCall, Captured, capture, capture_head
+from ..calibration.examples import Batch, merge_batches
+from ..errors import NumericsError
+from ..nn_modules.surgery import quantized_from, replace, untie
 from ..quantization.config import BaseQuantizeConfig
 from ..quantization.solver import SolverOptions
 from .block import Feed, Solved, propagate, solve_step
+from .one_pass import fits_one_pass, reading_groups, solve_in_one_pass
 from .placement import execution_device, execution_dtype, placed
+from .plan import Plan, make_plan, solver_options
 from .progress import Progress
 from .report import ModuleReport
 
-
-@dataclass(frozen=True)
-class Plan:
-    """What will be quantized, decided and checked before anything is changed."""
-
-    blocks: nn.ModuleList
-    prefix: str  # dotted name of the list of blocks
-    steps: list[list[list[str]]]  # per block, per step: names relative to the block
-
-    @property
-    def module_count(self) -> int:
-        return sum(len(names) for block in self.steps for names in block)
-
-
-def make_plan(model: nn.Module, architecture: Architecture, config: BaseQuantizeConfig) -> Plan:
-    """Find the linears to quantize and check that each can be.
-
-    :raises UnsupportedModelError: if the model does not have the blocks its row names
-    :raises ModuleShapeError: if a linear cannot be packed at these settings
-    """
-    try:
-        blocks = model.get_submodule(architecture.blocks)
-    except AttributeError:
-        blocks = None
-    if not isinstance(blocks, nn.ModuleList) or not len(blocks):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no list of blocks at `{architecture.blocks}`."
-        )
-    steps = []
-    for i, block in enumerate(blocks):
-        linears = find_linears(block)
-        present = [
-            [name for name in step if name in linears]
-            for step in architecture.step_names(config.true_sequential)
-        ]
-        for name in (name for step in present for name in step):
-            full_name = f"{architecture.blocks}.{i}.{name}"
-            check_shape(full_name, *features(linears[name]), config.group_size)
-        steps.append([step for step in present if step])
-    plan = Plan(blocks, architecture.blocks, steps)
-    if not plan.module_count:
-        raise UnsupportedModelError(
-            f"No block of {type(model).__name__} has any of the linears {architecture.steps}."
-        )
-    return plan
-
-
-def solver_options(config: BaseQuantizeConfig) -> SolverOptions:
-    """Translate the user's settings."""
-    # Only the v1 format cannot hold a zero point of 0.
-    rule = GridRule(
-        config.bits, config.sym, lowest_zero=1 if config.checkpoint_format == "gptq" else 0
-    )
-    return SolverOptions(
-        rule,
-        group_size=config.group_size,
-        damp_percent=config.damp_percent,
-        act_order=config.desc_act,
-        static_groups=config.static_groups,
-        scale_search=config.scale_search,
-    )
+# Tokens that run through a block at a time: enough to keep the device busy.
+_TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 32768}
 
 
 @torch.no_grad()
@@ -100,30 +42,89 @@ def quantize_model(
     :raises NumericsError: naming the module whose weights or inputs hold NaN or infinity
     """
     plan = make_plan(model, architecture, config)
-    options = solver_options(config)
     device = execution_device(model)
     dtype = execution_dtype(next(plan.blocks.parameters()).dtype, device)
+    batches = merge_batches(batches, _TOKENS_AT_ONCE.get(device.type, 2048))
     captured = _capture(model, plan, batches, device, dtype)
     report: list[ModuleReport] = []
-    with Progress(plan.module_count, show_progress) as progress:
+    with (
+        Progress(len(plan.settings), show_progress) as progress,
+        ThreadPoolExecutor(len(batches), thread_name_prefix="auto_gptq-pass") as threads,
+    ):
+        run = _Run(threads, {})
         for i, block in enumerate(plan.blocks):
             name = f"{plan.prefix}.{i}"
             feed = _feed(captured, i, device, dtype)
             done: list[Solved] = []
             with placed(block, device, dtype):
                 try:
-                    for step in plan.steps[i]:
-                        linears = {n: block.get_submodule(n) for n in step}
-                        for solved in solve_step(block, linears, feed, options):
-                            done.append(solved)
-                            report.append(_entry(name, i, solved))
-                            progress.module_done(report[-1])
-                    if i + 1 < len(plan.blocks):
-                        propagate(block, feed)
+                    options = plan.options(name, i)
+                    for solved in run.solve(block, plan.steps[i], feed, options):
+                        done.append(solved)
+                        report.append(_entry(name, i, solved))
+                        progress.module_done(report[-1])
                 except NumericsError as error:
                     raise NumericsError(f"{name}: {error}") from error
-            _pack(block, done, config)
+            _pack(block, name, done, plan)
+        if plan.head is not None:
+            captured.hidden = feed.hidden
+            solved = _quantize_head(model, plan, batches, captured, dtype)
+            report.append(_entry("", len(plan.blocks), solved))
+            progress.module_done(report[-1])
     return report
+
+
+def _quantize_head(
+    model: nn.Module,
+    plan: Plan,
+    batches: Sequence[Batch],
+    captured: Captured,
+    dtype: torch.dtype,
+) -> Solved:
+    """Quantize the output head on what the quantized blocks, and the norm after them, put out."""
+    name = plan.head or ""
+    device = captured.hidden[0].device
+    untie(model, name)
+    head = model.get_submodule(name)
+    with placed(model, device, dtype, without=plan.blocks):
+        capture_head(model, list(plan.blocks), batches, captured, head)
+        feed = Feed(captured.hidden, [BlockCall((), {}) for _ in batches], captured.keep)
+        options = {name: solver_options(plan.settings[name])}
+        (solved,) = solve_step(head, {name: head}, feed, options)
+    _pack(model, "", [solved], plan)
+    return solved
+
+
+@dataclass
+class _Run:
+    """What stays the same from block to block."""
+
+    threads: ThreadPoolExecutor
+    # Which linears read one tensor, by class of block and names of linears.
+    readings: dict[tuple[type[nn.Module], tuple[str, ...]], list[list[str]]]
+
+    def solve(
+        self,
+        block: nn.Module,
+        steps: list[list[str]],
+        feed: Feed,
+        options: Mapping[str, SolverOptions],  # by the names of the linears
+    ) -> Iterator[Solved]:
+        """Solve a block, and replace the hidden states by its outputs."""
+        linears = {name: block.get_submodule(name) for step in steps for name in step}
+        if len(steps) > 1 and fits_one_pass(linears, feed):
+            kind = (type(block), tuple(linears))
+            if kind not in self.readings:
+                first = feed.hidden[0], feed.calls[0]
+                self.readings[kind] = reading_groups(block, linears, *first)
+            groups = self.readings[kind]
+            if sum(map(len, groups)) == len(linears):  # all were reached, and none twice
+                yield from solve_in_one_pass(block, linears, groups, feed, options, self.threads)
+                return
+        for step in steps:
+            of_step = {name: linears[name] for name in step}
+            yield from solve_step(block, of_step, feed, options)
+        propagate(block, feed)
 
 
 def _capture(
@@ -146,22 +147,31 @@ def _feed(captured: Captured, index: int, device: torch.device, dtype: torch.dty
     return Feed(captured.hidden, calls, captured.keep)
 
 
-def _pack(block: nn.Module, done: Sequence[Solved], config: BaseQuantizeConfig) -> None:
+def _pack(parent: nn.Module, parent_name: str, done: Sequence[Solved], plan: Plan) -> None:
     """Put QuantLinears in place, where the dense linears lay."""
     packed = []
     for solved in done:
-        linear = block.get_submodule(solved.name)
+        linear = parent.get_submodule(solved.name)
+        settings = plan.settings[_joined(parent_name, solved.name)]
         home = next(linear.parameters()).device
         layer = quantized_from(
-            linear, solved.solution, config.bits, config.group_size, config.checkpoint_format
+            linear,
+            solved.solution,
+            settings.bits,
+            settings.group_size,
+            settings.checkpoint_format,
         )
         packed.append((solved.name, layer.to(home)))
-    replace(block, packed)
+    replace(parent, packed)
+
+
+def _joined(parent: str, name: str) -> str:
+    return f"{parent}.{name}" if parent else name
 
 
 def _entry(block_name: str, index: int, solved: Solved) -> ModuleReport:
     return ModuleReport(
-        name=f"{block_name}.{solved.name}",
+        name=_joined(block_name, solved.name),
         block=index,
         error=solved.error,
         damp_percent=solved.solution.damp_percent,

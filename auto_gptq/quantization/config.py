@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .. import hub
 from ..errors import ConfigError, MissingFileError
+from .dynamic import check_patterns, find_override, known_settings_only
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +48,12 @@ QUANTIZE_BLACK_LIST = {QUANT_METHOD.AWQ}  # can be read, not made
 QUANT_CONFIG_ARG_SYNONYMS = {"w_bit": "bits", "q_group_size": "group_size"}
 
 # Formats whose tensors cannot hold an activation order.
-_ORDERLESS = {CHECKPOINT_FORMAT.MARLIN, CHECKPOINT_FORMAT.AWQ_GEMM}
+ORDERLESS = {CHECKPOINT_FORMAT.MARLIN, CHECKPOINT_FORMAT.AWQ_GEMM}
 _ALL_FORMATS = set().union(*QUANT_METHOD_FORMAT_MAPPING.values())
+# What AWQ's tools call their other layouts, which nothing here can read.
+_FOREIGN_VERSIONS = {"gemv", "gemv_fast", "llm-awq", "exllama", "ipex", "marlin"}
+# Keys that are understood without being settings.
+_READ_BESIDES = {"version", "zero_point", "format", CHECKPOINT_FORMAT_FIELD_COMPAT_MARLIN}
 # Where a configuration may lie in a model folder, in the order of trying.
 _CONFIG_FILES = (QUANT_CONFIG_FILENAME, "quant_config.json", "config.json")
 
@@ -69,6 +74,8 @@ class BaseQuantizeConfig:
     :param model_name_or_path: where the quantized model came from or was saved to
     :param model_file_base_name: file name of the weights without its extension
     :param scale_search: choose the scales by the error they cause; False for AutoGPTQ's min-max
+    :param lm_head: quantize the output head too; one tied to the embedding is untied
+    :param dynamic: settings of some modules, by pattern: see :mod:`.dynamic`
     :raises ConfigError: (a ValueError) if a value cannot work
     """
 
@@ -84,6 +91,8 @@ class BaseQuantizeConfig:
     model_name_or_path: str | None = None
     model_file_base_name: str | None = None
     scale_search: bool = True
+    lm_head: bool = False
+    dynamic: dict[str, dict[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4, 8):
@@ -108,6 +117,20 @@ class BaseQuantizeConfig:
                 f"checkpoint_format {self.checkpoint_format!r} does not go with quant_method "
                 f"{self.quant_method!r}; possible: {sorted(formats)}."
             )
+        if self.dynamic is not None:
+            check_patterns(self.dynamic)
+            for pattern, override in self.dynamic.items():
+                try:
+                    replace(self, dynamic=None, **override)
+                except (ConfigError, TypeError) as error:
+                    raise ConfigError(f"dynamic[{pattern!r}]: {error}") from None
+
+    def settings_for(self, name: str) -> BaseQuantizeConfig | None:
+        """Give the settings of one module by its full name; None if it stays dense."""
+        override = find_override(self.dynamic or {}, name)
+        if override is None:
+            return None
+        return replace(self, dynamic=None, **override) if override else self
 
     def to_dict(self) -> dict[str, Any]:
         """Give the settings as AutoGPTQ's JSON object, keys in its order.
@@ -115,8 +138,9 @@ class BaseQuantizeConfig:
         Settings that AutoGPTQ did not have are left out while they have their defaults.
         """
         fields = asdict(self)
-        if self.scale_search:
-            del fields["scale_search"]
+        for name in ("scale_search", "lm_head", "dynamic"):
+            if fields[name] == type(self).__dataclass_fields__[name].default:
+                del fields[name]
         at_the_end = (QUANT_METHOD_FIELD, CHECKPOINT_FORMAT_FIELD)
         return {k: v for k, v in fields.items() if k not in at_the_end} | {
             k: fields[k] for k in at_the_end
@@ -126,6 +150,18 @@ class BaseQuantizeConfig:
         """Write ``quantize_config.json`` into an existing folder."""
         path = Path(save_dir) / QUANT_CONFIG_FILENAME
         path.write_text(json.dumps(self.to_dict(), indent=2), encoding="utf-8")
+
+    def get_cache_file_path(
+        self, quant_method: str | None = None, checkpoint_format: str | None = None
+    ) -> tuple[str, bool]:
+        """Give the path at which AutoGPTQ kept a converted checkpoint, and whether it is there.
+
+        Nothing is converted ahead here: each tensor is while it is read.
+        """
+        method = quant_method or self.quant_method
+        name = f"autogptq_model_{method}_{checkpoint_format or self.checkpoint_format}.safetensors"
+        path = hub.assets_folder(self.model_name_or_path or ".") / name
+        return str(path), path.is_file()
 
     @classmethod
     def from_quant_config(
@@ -139,13 +175,16 @@ class BaseQuantizeConfig:
         given = {QUANT_CONFIG_ARG_SYNONYMS.get(key, key): value for key, value in given.items()}
         settings = {k: v for k, v in given.items() if k in cls.__dataclass_fields__}
         settings |= _method_and_format(given, checkpoint_format)
-        if settings[CHECKPOINT_FORMAT_FIELD] in _ORDERLESS:
+        if settings.get("dynamic") is not None:
+            settings["dynamic"] = known_settings_only(settings["dynamic"]) or None
+        if settings[CHECKPOINT_FORMAT_FIELD] in ORDERLESS:
             settings["desc_act"] = False
+        if settings[QUANT_METHOD_FIELD] == QUANT_METHOD.AWQ:
+            _check_awq(settings)
+            settings.setdefault("sym", not given.get("zero_point", True))
         if "sym" not in settings:
             logger.warning("The quantization config does not say `sym`; taking symmetric.")
-        unknown = sorted(
-            set(given) - set(cls.__dataclass_fields__) - {"version", "is_marlin_format"}
-        )
+        unknown = sorted(set(given) - set(cls.__dataclass_fields__) - _READ_BESIDES)
         if unknown:
             logger.info("Ignoring quantization settings that are not known here: %s", unknown)
         return cls(**settings)
@@ -177,7 +216,8 @@ class BaseQuantizeConfig:
 def _method_and_format(given: dict[str, Any], wanted_format: str | None) -> dict[str, str]:
     """Find out method and format from the several ways in which tools write them down."""
     method = str(given.get(QUANT_METHOD_FIELD) or QUANT_METHOD.GPTQ).lower()
-    checkpoint_format = given.get(CHECKPOINT_FORMAT_FIELD)
+    # GPTQModel has begun to call it `format`.
+    checkpoint_format = given.get(CHECKPOINT_FORMAT_FIELD) or given.get("format")
     if checkpoint_format is not None and wanted_format is not None:
         raise ConfigError(
             f"The configuration says checkpoint_format {checkpoint_format!r}, so "
@@ -190,7 +230,7 @@ def _method_and_format(given: dict[str, Any], wanted_format: str | None) -> dict
         )
     if method == CHECKPOINT_FORMAT.MARLIN or given.get(CHECKPOINT_FORMAT_FIELD_COMPAT_MARLIN):
         method, checkpoint_format = QUANT_METHOD.GPTQ, CHECKPOINT_FORMAT.MARLIN
-    elif str(given.get("version")).lower() == CHECKPOINT_FORMAT.AWQ_GEMM:
+    elif _is_awq_gemm(method, given):
         method, checkpoint_format = QUANT_METHOD.AWQ, CHECKPOINT_FORMAT.AWQ_GEMM
     if method not in QUANT_METHOD_FORMAT_MAPPING:
         raise ConfigError(
@@ -200,6 +240,29 @@ def _method_and_format(given: dict[str, Any], wanted_format: str | None) -> dict
         checkpoint_format = CHECKPOINT_FORMAT.GPTQ
         logger.info("The quantization config names no checkpoint_format; taking 'gptq'.")
     return {QUANT_METHOD_FIELD: method, CHECKPOINT_FORMAT_FIELD: checkpoint_format}
+
+
+def _is_awq_gemm(method: str, given: dict[str, Any]) -> bool:
+    """Tell whether this is AWQ in its usual layout; without a version AWQ means that one."""
+    version = str(given.get("version") or "").lower()
+    is_awq = method == QUANT_METHOD.AWQ
+    if version != CHECKPOINT_FORMAT.AWQ_GEMM and (
+        version in _FOREIGN_VERSIONS or (is_awq and version)
+    ):
+        raise ConfigError(
+            f"The checkpoint is in AWQ's layout {version!r}, which cannot be read; "
+            f"only {CHECKPOINT_FORMAT.AWQ_GEMM!r} can. Convert it with the tool that made it."
+        )
+    return version == CHECKPOINT_FORMAT.AWQ_GEMM or (
+        is_awq and not given.get(CHECKPOINT_FORMAT_FIELD)
+    )
+
+
+def _check_awq(settings: dict[str, Any]) -> None:
+    if settings.get("bits", 4) != 4:
+        raise ConfigError(
+            f"An AWQ checkpoint has 4 bits; the configuration says {settings['bits']}."
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

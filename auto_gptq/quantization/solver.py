@@ -18,7 +18,7 @@ from ..kernels import native, ops
 from .hessian import factorize
 
 # Columns treated one by one before their common error goes to the others in one matrix product.
-_LEAF = 64
+_LEAF = 128
 # Columns whose groups are fitted together (the block size of the paper's implementation).
 _BATCH = 128
 
@@ -105,7 +105,7 @@ def solve(
         scales=sweep.scales.t().contiguous(),
         zeros=sweep.zeros.t().to(torch.int32).contiguous(),
         g_idx=group,
-        loss=sweep.loss,
+        loss=sweep.errors.square().sum(0),
         damp_percent=factor.damp_percent,
     )
 
@@ -117,7 +117,7 @@ def round_to_nearest(
 ) -> Solution:
     """Quantize without looking at activations: the baseline every solver has to beat."""
     target = weight.to(torch.float32)
-    grid = _fit_groups(target.t(), options.group_size, options.rule)
+    grid = _fit_groups(target.t().contiguous(), options.group_size, options.rule)
     g_idx = trivial_g_idx(weight.shape[1], options.group_size, weight.device)
     wide = Grid(grid.scale[g_idx].t(), grid.zero[g_idx].t(), options.rule.maxq)
     codes = wide.to_codes(target)
@@ -156,24 +156,21 @@ def _fit_groups(
     importance: Tensor | None = None,  # [K]; None for min-max grids
 ) -> Grid:  # scale, zero: [G, N]
     """Fit every contiguous group; the last one may be short."""
-    size = len(weight) if group_size == -1 else group_size
-    parts = [slice(start, start + size) for start in range(0, len(weight), size)]
     if importance is None:
-        grids = [rule.fit(weight[part]) for part in parts]
+        importance, factors = weight.new_ones(len(weight)), [1.0]
     else:
-        grids = [_best_grid(weight[part], rule, importance[part]) for part in parts]
-    return Grid(
-        torch.stack([grid.scale for grid in grids]),
-        torch.stack([grid.zero for grid in grids]),
-        rule.maxq,
+        factors = list(rule.factors)
+    scale, zero = torch.ops.auto_gptq.fit_grids(
+        weight,
+        importance,
+        weight.new_tensor(factors),
+        len(weight) if group_size == -1 else group_size,
+        rule.bits,
+        rule.symmetric,
+        rule.lowest_zero,
+        rule.scale_dtype,
     )
-
-
-def _best_grid(weight: Tensor, rule: GridRule, importance: Tensor) -> Grid:
-    tried = rule.candidates(weight)
-    best = torch.ops.auto_gptq.choose_grid(weight, importance, tried.scale, tried.zero, rule.maxq)
-    rows = best.unsqueeze(0)
-    return Grid(tried.scale.gather(0, rows)[0], tried.zero.gather(0, rows)[0], rule.maxq)
+    return Grid(scale, zero, rule.maxq)
 
 
 class _Sweep:
@@ -188,7 +185,7 @@ class _Sweep:
         self.zeros = weight.new_empty(0, weight.shape[1])
         self.group_at: Tensor  # [K] int64, the group of each position
         self.codes = torch.empty_like(weight, dtype=torch.uint8)
-        self.loss = weight.new_zeros(weight.shape[1])
+        self.errors = torch.empty_like(weight)  # divided by the factor's diagonal
 
     def take(self, grid: Grid) -> None:
         """Add the grids [G, N] of the next groups."""
@@ -204,8 +201,8 @@ class _Sweep:
         """
         self.run(0, columns, max(1, _BATCH // group_size) * group_size, group_size)
 
-    def run(self, start: int, stop: int, batch: int = 1, group_size: int = 0) -> Tensor:
-        """Process columns and give their errors, divided by the factor's diagonal ``[n, N]``.
+    def run(self, start: int, stop: int, batch: int = 1, group_size: int = 0) -> None:
+        """Process columns.
 
         Halving keeps almost all work in large matrix products.  Cuts fall on multiples of
         ``batch``, so that its first column finds every error made before it already made up for.
@@ -217,26 +214,25 @@ class _Sweep:
             self.take(_fit_groups(self.weight[ahead], group_size, self.rule, importance))
             batch, group_size = 1, 0
         if length <= _LEAF and not group_size:
-            return self._columns(start, stop)
+            self._columns(slice(start, stop))
+            return
         middle = start + -(-length // (2 * batch)) * batch
-        left = self.run(start, middle, batch, group_size)
-        self.weight[middle:stop].addmm_(self.inverse[start:middle, middle:stop].t(), left, alpha=-1)
-        return torch.cat([left, self.run(middle, stop, batch, group_size)])
+        self.run(start, middle, batch, group_size)
+        shares = self.inverse[start:middle, middle:stop].t()
+        self.weight[middle:stop].addmm_(shares, self.errors[start:middle], alpha=-1)
+        self.run(middle, stop, batch, group_size)
 
-    def _columns(self, start: int, stop: int) -> Tensor:
-        part = slice(start, stop)
-        codes, errors = torch.ops.auto_gptq.solve_columns(
+    def _columns(self, part: slice) -> None:
+        torch.ops.auto_gptq.solve_columns(
             self.weight[part],
+            self.codes[part],
+            self.errors[part],
             self.inverse[part, part],
             self.scales,
             self.zeros,
             self.group_at[part],
             self.rule.maxq,
         )
-        self.codes[part] = codes
-        self.loss += errors.square().sum(0)
-        result: Tensor = errors
-        return result
 
 
 _ = ops  # importing it defines the operators

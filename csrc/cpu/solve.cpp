@@ -1,4 +1,4 @@
-// The two inner loops of the solver: the choice of a grid, and the GPTQ column loop.
+// The two inner loops of the solver: fitting grids to groups, and the GPTQ column loop.
 //
 // Rows of the weight (outputs) do not touch each other, so a thread takes a strip of them through
 // all columns: the strip stays in the first-level cache and no thread waits for
@@ -18,21 +18,79 @@ struct Strip {
   int64_t width;  // number of outputs, at most kStrip
 };
 
+// Round a scale to the dtype of the checkpoint; 0 becomes 1, so that nobody divides by it.
+AUTO_GPTQ_INLINE float storable(float scale, DataType type) {
+  if (!(scale > 0)) {
+    return 1.0f;
+  }
+  if (type == kFloat32) {
+    return std::min(std::max(scale, 0x1p-149f), 0x1.fffffep127f);
+  }
+  if (type == kBFloat16) {
+    uint32_t bits;
+    const float kept = std::min(std::max(scale, 0x1p-133f), 0x1.fep127f);
+    std::memcpy(&bits, &kept, 4);
+    bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
+    float rounded;
+    std::memcpy(&rounded, &bits, 4);
+    return rounded;
+  }
+  // Adding and taking away a number whose last place is that of the half rounds to it.
+  const float kept = std::min(std::max(scale, 0x1p-24f), 65504.0f);
+  uint32_t bits;
+  std::memcpy(&bits, &kept, 4);
+  const uint32_t exponent = std::max(bits & 0x7f800000u, 113u << 23);  // of at least 2^-14
+  const uint32_t anchor_bits = exponent + (13u << 23);
+  float anchor;
+  std::memcpy(&anchor, &anchor_bits, 4);
+  return (kept + anchor) - anchor;
+}
+
 // Round a weight to its code, as torch does: half to even.
 AUTO_GPTQ_INLINE float to_code(float weight, float scale, float zero, float maxq) {
   return std::min(std::max(std::nearbyint(weight / scale) + zero, 0.0f), maxq);
 }
 
-AUTO_GPTQ_INLINE void choose_strip(const Choice& choice, Strip strip) {
-  const float maxq = static_cast<float>(choice.maxq);
+// The grid over [lowest, highest], a range that includes 0; formats/grid.py says the same in Python.
+AUTO_GPTQ_INLINE void span(
+    const Fit& fit, float lowest, float highest, float* scale, float* zero) {
+  const float maxq = static_cast<float>((1 << fit.bits) - 1);
+  float exact = std::max(-lowest, highest) * (2 / maxq);
+  if (!fit.symmetric) {
+    exact = std::max((highest - lowest) / maxq, highest / (maxq - fit.lowest_zero));
+  }
+  *scale = storable(exact, fit.scale_type);
+  *zero = (maxq + 1) / 2;
+  if (!fit.symmetric) {
+    const float low = static_cast<float>(fit.lowest_zero);
+    *zero = std::min(std::max(std::nearbyint(-lowest / *scale), low), maxq);
+  }
+}
+
+// Fit columns [first, last), one group, for the outputs of a strip.
+AUTO_GPTQ_INLINE void fit_strip(const Fit& fit, int64_t group, Strip strip) {
+  const float maxq = static_cast<float>((1 << fit.bits) - 1);
+  const int64_t first = group * fit.group_size;
+  const int64_t last = std::min(first + fit.group_size, fit.columns);
+  const float* weight = fit.weight + strip.n;
+  float lowest[kStrip] = {}, highest[kStrip] = {};
+  for (int64_t i = first; i < last; ++i) {
+    for (int64_t c = 0; c < strip.width; ++c) {
+      lowest[c] = std::min(lowest[c], weight[i * fit.weight_stride + c]);
+      highest[c] = std::max(highest[c], weight[i * fit.weight_stride + c]);
+    }
+  }
+  float* best_scale = fit.scales + group * fit.n + strip.n;
+  float* best_zero = fit.zeros + group * fit.n + strip.n;
   float least[kStrip];
-  for (int64_t f = 0; f < choice.candidates; ++f) {
-    const float* scale = choice.scales + f * choice.n + strip.n;
-    const float* zero = choice.zeros + f * choice.n + strip.n;
-    float error[kStrip] = {};
-    for (int64_t i = 0; i < choice.columns; ++i) {
-      const float* column = choice.weight + i * choice.weight_stride + strip.n;
-      const float importance = choice.importance[i];
+  for (int64_t f = 0; f < fit.candidates; ++f) {
+    float scale[kStrip], zero[kStrip], error[kStrip] = {};
+    for (int64_t c = 0; c < strip.width; ++c) {
+      span(fit, lowest[c] * fit.factors[f], highest[c] * fit.factors[f], scale + c, zero + c);
+    }
+    for (int64_t i = first; i < last; ++i) {
+      const float* column = weight + i * fit.weight_stride;
+      const float importance = fit.importance[i];
       for (int64_t c = 0; c < strip.width; ++c) {
         const float code = to_code(column[c], scale[c], zero[c], maxq);
         const float missed = column[c] - (code - zero[c]) * scale[c];
@@ -42,9 +100,16 @@ AUTO_GPTQ_INLINE void choose_strip(const Choice& choice, Strip strip) {
     for (int64_t c = 0; c < strip.width; ++c) {
       if (f == 0 || error[c] < least[c]) {
         least[c] = error[c];
-        choice.best[strip.n + c] = f;
+        best_scale[c] = scale[c];
+        best_zero[c] = zero[c];
       }
     }
+  }
+}
+
+AUTO_GPTQ_INLINE void fit_strips(const Fit& fit, Strip strip) {
+  for (int64_t group = 0; group * fit.group_size < fit.columns; ++group) {
+    fit_strip(fit, group, strip);
   }
 }
 
@@ -83,8 +148,8 @@ AUTO_GPTQ_INLINE void solve_strip(const Block& block, Strip strip) {
     work(task, {n, n_end - n});                          \
   }
 
-void choose_portable(const Choice& choice, int64_t n_begin, int64_t n_end) {
-  AUTO_GPTQ_FOR_STRIPS(choose_strip, choice)
+void fit_portable(const Fit& fit, int64_t n_begin, int64_t n_end) {
+  AUTO_GPTQ_FOR_STRIPS(fit_strips, fit)
 }
 
 void solve_portable(const Block& block, int64_t n_begin, int64_t n_end) {
@@ -92,10 +157,10 @@ void solve_portable(const Block& block, int64_t n_begin, int64_t n_end) {
 }
 
 #ifdef __x86_64__
-__attribute__((target("avx2,fma"))) void choose_avx2(const Choice& choice,
-                                                     int64_t n_begin,
-                                                     int64_t n_end) {
-  AUTO_GPTQ_FOR_STRIPS(choose_strip, choice)
+__attribute__((target("avx2,fma"))) void fit_avx2(const Fit& fit,
+                                                  int64_t n_begin,
+                                                  int64_t n_end) {
+  AUTO_GPTQ_FOR_STRIPS(fit_strips, fit)
 }
 
 __attribute__((target("avx2,fma"))) void solve_avx2(const Block& block,
@@ -110,11 +175,11 @@ __attribute__((target("avx2,fma"))) void solve_avx2(const Block& block,
 
 using namespace auto_gptq;
 
-void auto_gptq_cpu_choose_grid(const Choice* choice, int64_t n_begin, int64_t n_end, Isa isa) {
+void auto_gptq_cpu_fit_grids(const Fit* fit, int64_t n_begin, int64_t n_end, Isa isa) {
 #ifdef __x86_64__
-  if (isa >= kAvx2) return choose_avx2(*choice, n_begin, n_end);
+  if (isa >= kAvx2) return fit_avx2(*fit, n_begin, n_end);
 #endif
-  choose_portable(*choice, n_begin, n_end);
+  fit_portable(*fit, n_begin, n_end);
 }
 
 void auto_gptq_cpu_solve_columns(const Block* block, int64_t n_begin, int64_t n_end, Isa isa) {

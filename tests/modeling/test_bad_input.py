@@ -232,7 +232,7 @@ def test_a_failed_save_leaves_the_old_checkpoint_and_nothing_else(
     def full_disk(*_args: Any, **_kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer, "save_file", full_disk)
+    monkeypatch.setattr(writer, "write_file", full_disk)
     for folder in (broken, broken / "new"):
         with pytest.raises(OSError, match="No space left"):
             wrapper.save_quantized(folder)

@@ -5,7 +5,7 @@ import torch
 
 from auto_gptq.errors import NumericsError
 from auto_gptq.formats.grid import GridRule
-from auto_gptq.quantization.hessian import Hessian, factorize
+from auto_gptq.quantization.hessian import Hessian, factorize, invert_upper
 from auto_gptq.quantization.solver import (
     SolverOptions,
     round_to_nearest,
@@ -157,3 +157,26 @@ def test_hessian_is_the_mean_over_kept_tokens() -> None:
     tokens = torch.cat([x[keep], x.half().float().flatten(0, 1)])
     assert hessian.tokens == len(tokens) == 18
     assert torch.allclose(hessian.mean(), tokens.t() @ tokens / 18, atol=1e-6)
+
+
+def test_triangular_matrices_are_inverted_by_halves(device: torch.device) -> None:
+    matrix = torch.randn(700, 700, dtype=torch.float64, device=device).triu() / 30
+    matrix.diagonal().copy_(torch.rand(700) + 1)
+    inverse = invert_upper(matrix)
+    assert inverse.is_contiguous()
+    assert not inverse.tril(-1).any()
+    identity = torch.eye(700, dtype=torch.float64, device=device)
+    assert torch.allclose(matrix @ inverse, identity, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_products_of_16_bit_inputs_are_summed_without_rounding_them(
+    dtype: torch.dtype, device: torch.device
+) -> None:
+    x = (torch.randn(300, 96) + 0.5).to(device, dtype)
+    hessian = Hessian(96, device)
+    hessian.add(x[:100])
+    hessian.add(x[100:].view(2, 100, 96))
+    exact = x.double().t() @ x.double() / 300
+    assert torch.allclose(hessian.mean().double(), exact, rtol=1e-4, atol=1e-5)
+    assert torch.equal(hessian.mean(), hessian.mean().t())

@@ -1,0 +1,214 @@
+"""Solve a whole block in one forward pass.
+
+A block's steps are solved one after another, each on inputs that the quantized steps before it have
+shaped.  Running the block anew for every step costs several passes over all batches.  Here every
+batch's pass runs once, in a thread that stops before each linear that reads something new, and goes
+on when that linear has been solved.  Only one thread runs at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.capture import BlockCall
+from ..errors import UnsupportedModelError
+from ..nn_modules.surgery import features
+from ..quantization.hessian import Hessian
+from ..quantization.solver import SolverOptions
+from .block import Feed, Solved, check_finite, kept_tokens, run_block, solve_together
+
+# Activations alive in a stopped pass, in units of the widest input and twice the hidden size:
+# the residual, the linear's input, and what the model keeps beside them.
+_ALIVE = 2
+
+
+def reading_groups(
+    block: nn.Module, linears: Mapping[str, nn.Module], hidden: Tensor, call: BlockCall
+) -> list[list[str]]:
+    """Run one batch and group the linears by the tensor they read, in the order of running."""
+    read: list[tuple[Tensor, list[str]]] = []  # holding the tensors keeps their addresses apart
+
+    def note(name: str) -> Any:
+        def hook(_linear: nn.Module, args: Sequence[Tensor]) -> None:
+            x = args[0]
+            for other, names in read:
+                if other.data_ptr() == x.data_ptr() and other.shape == x.shape:
+                    names.append(name)
+                    return
+            read.append((x, [name]))
+
+        return hook
+
+    with _hooked({name: (linear, note(name)) for name, linear in linears.items()}):
+        run_block(block, hidden, call)
+    return [list(dict.fromkeys(names)) for _, names in read]
+
+
+def fits_one_pass(linears: Mapping[str, nn.Module], feed: Feed) -> bool:
+    """Tell whether memory holds the activations of all batches in the midst of a block."""
+    x = feed.hidden[0]
+    widest = max(features(linear)[0] for linear in linears.values())
+    tokens = sum(hidden.shape[:-1].numel() for hidden in feed.hidden)
+    needed = tokens * _ALIVE * (widest + 2 * x.shape[-1]) * x.element_size()
+    if x.is_cuda:
+        free, _ = torch.cuda.mem_get_info(x.device)
+        unused = torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
+        return needed < free + unused
+    return needed < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+
+
+def solve_in_one_pass(
+    block: nn.Module,
+    linears: Mapping[str, nn.Module],
+    groups: Sequence[Sequence[str]],
+    feed: Feed,
+    options: Mapping[str, SolverOptions],  # by the names of the linears
+    threads: ThreadPoolExecutor,
+) -> Iterator[Solved]:
+    """Solve all linears of a block and replace the hidden states by the quantized block's outputs.
+
+    :param groups: names that read one tensor, in the order of running: from :func:`reading_groups`
+    :param threads: one per batch at least; kept from block to block, because a new thread's first
+        product on a GPU takes 60 ms
+    :raises NumericsError: naming the linears whose weights or inputs hold NaN or infinity
+    """
+    stops = {group[0]: (linears[group[0]], _stop_before(group[0])) for group in groups}
+    for group in groups:  # blocks of one class are taken to read alike; here that is checked
+        stops |= {name: (linears[name], _read_as(group[0], name)) for name in group[1:]}
+    with _hooked(stops), _forwards(block, feed, threads) as forwards:
+        for forward in forwards:
+            forward.go_on()
+        for group in groups:
+            waiting = [forward for forward in forwards if forward.waits_before == group[0]]
+            x = waiting[0].input
+            assert x is not None
+            hessian = Hessian(x.shape[-1], x.device)
+            for forward in waiting:
+                assert forward.input is not None
+                hessian.add(forward.input, kept_tokens(forward.keep, forward.input))
+            together = {name: linears[name] for name in group}
+            yield from solve_together(together, hessian, options)
+            for forward in waiting:
+                forward.go_on()
+        feed.hidden[:] = [forward.result() for forward in forwards]
+    check_finite(feed)
+
+
+class _AbandonedError(Exception):
+    """Ends a pass that nobody will let go on."""
+
+
+class _Forward:
+    """One batch's pass through a block, which stops where it is told to."""
+
+    running = threading.local()  # .forward: the pass of this thread
+
+    def __init__(self, block: nn.Module, hidden: Tensor, call: BlockCall, keep: Tensor | None):
+        self.keep = keep
+        self.waits_before: str | None = None
+        self.input: Tensor | None = None  # of the linear it waits before
+        self.read: dict[str, int] = {}  # where the input of each stop lay
+        self.future: Future[Tensor]
+        self._pass = (block, hidden, call)
+        self._may_run = threading.Semaphore(0)
+        self._has_stopped = threading.Semaphore(0)
+        self._finished = False
+        self._abandoned = False
+
+    def run(self) -> Tensor:
+        """Be the body of the thread."""
+        block, hidden, call = self._pass
+        self.running.forward = self
+        try:
+            with ExitStack() as context:  # grad mode and current device belong to a thread
+                context.enter_context(torch.no_grad())
+                if hidden.is_cuda:
+                    context.enter_context(torch.cuda.device(hidden.device))
+                self._wait()
+                return run_block(block, hidden, call)
+        finally:
+            self._finished = True
+            self.waits_before = self.input = None
+            self._has_stopped.release()
+
+    def stop_before(self, name: str, x: Tensor) -> None:
+        """Hand control back to the main thread until it says to go on."""
+        self.waits_before, self.input = name, x
+        self.read[name] = x.data_ptr()
+        self._has_stopped.release()
+        self._wait()
+
+    def go_on(self) -> None:
+        """Let the pass run to its next stop or its end, and wait for that."""
+        self.input = None
+        self._may_run.release()
+        self._has_stopped.acquire()
+        if self._finished:
+            self.future.result()  # raises what the pass raised
+
+    def abandon(self) -> None:
+        """End a pass that has not finished."""
+        if not self._finished:
+            self._abandoned = True
+            self._may_run.release()
+
+    def result(self) -> Tensor:
+        return self.future.result()
+
+    def _wait(self) -> None:
+        self._may_run.acquire()
+        if self._abandoned:
+            raise _AbandonedError
+
+
+@contextmanager
+def _forwards(
+    block: nn.Module, feed: Feed, threads: ThreadPoolExecutor
+) -> Iterator[list[_Forward]]:
+    """Make a pass for each batch; none is left afterwards, whatever happens."""
+    batches = zip(feed.hidden, feed.calls, feed.keep, strict=True)
+    forwards = [_Forward(block, *batch) for batch in batches]
+    for forward in forwards:
+        forward.future = threads.submit(forward.run)
+    try:
+        yield forwards
+    finally:
+        for forward in forwards:
+            forward.abandon()
+        wait([forward.future for forward in forwards])
+
+
+def _stop_before(name: str) -> Any:
+    def hook(_linear: nn.Module, args: Sequence[Tensor]) -> None:
+        _Forward.running.forward.stop_before(name, args[0])
+
+    return hook
+
+
+def _read_as(first: str, name: str) -> Any:
+    def hook(_linear: nn.Module, args: Sequence[Tensor]) -> None:
+        if _Forward.running.forward.read.get(first) != args[0].data_ptr():
+            raise UnsupportedModelError(
+                f"{name} reads the same tensor as {first} in one block and another one in this "
+                "block of the same class. Pass BaseQuantizeConfig(true_sequential=False)."
+            )
+
+    return hook
+
+
+@contextmanager
+def _hooked(hooks: Mapping[str, tuple[nn.Module, Any]]) -> Iterator[None]:
+    handles = [linear.register_forward_pre_hook(hook) for linear, hook in hooks.values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

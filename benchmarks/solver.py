@@ -1,0 +1,86 @@
+"""Seconds to solve one matrix on this device: factorization, scales and columns.
+
+Compared, where it is installed, with llm-compressor's solver in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import save, table
+
+from auto_gptq.formats.grid import GridRule
+from auto_gptq.kernels import native
+from auto_gptq.quantization.hessian import factorize
+from auto_gptq.quantization.solver import SolverOptions, solve, squared_error
+
+SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
+VARIANTS = {
+    "groups in order": SolverOptions(GridRule(4), 128),
+    "act-order, static groups": SolverOptions(GridRule(4), 128, act_order=True, static_groups=True),
+    "min-max, static groups": SolverOptions(
+        GridRule(4), 128, static_groups=True, scale_search=False
+    ),
+}
+
+
+def milliseconds(work: Callable[[], Any], repeats: int = 5) -> float:
+    """Give the median time of some calls after two that do not count."""
+    on_gpu = torch.cuda.is_available()
+    times = []
+    for _ in range(repeats + 2):
+        if on_gpu:
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        work()
+        if on_gpu:
+            torch.cuda.synchronize()
+        times.append(1000 * (time.perf_counter() - started))
+    return statistics.median(times[2:])
+
+
+def problem(rows: int, columns: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make a weight and the Hessian of inputs of uneven size."""
+    x = torch.randn(columns + 4096, columns, device=device)
+    x *= torch.linspace(0.2, 2, columns, device=device)
+    return torch.randn(rows, columns, device=device) * 0.02, x.t() @ x / len(x)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--scale", type=int, default=1, help="divide all sizes by this")
+    arguments.add_argument("--results", type=Path)
+    options = arguments.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    print(native.reason())
+    rows: list[dict[str, Any]] = []
+    for n, k in SHAPES:
+        weight, hessian = problem(n // options.scale, k // options.scale, device)
+        factor_ms = milliseconds(lambda h=hessian: factorize(h, 0.01))
+        for name, settings in VARIANTS.items():
+            ms = milliseconds(lambda w=weight, h=hessian, s=settings: solve(w, h, s))
+            found = solve(weight, hessian, settings).dequantize()
+            error = float(squared_error(weight, found, hessian))
+            rows.append(
+                {
+                    "rows x columns": f"{weight.shape[0]}x{weight.shape[1]}",
+                    "variant": name,
+                    "ms": ms,
+                    "of it factorization": factor_ms,
+                    "error": error,
+                }
+            )
+            print(rows[-1], flush=True)
+    print(table(rows))
+    print(save(f"solver-{device}", {"rows": rows}, options.results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+// The two inner loops of the solver on a GPU: fitting grids to groups, and the GPTQ column loop.
+//
+// Compiled with contraction of a*b+c left on, like torch's own kernels, and with exact division.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "../launch.h"
+
+namespace auto_gptq {
+namespace {
+
+// ---- grids -------------------------------------------------------------------------------------
+
+constexpr int kFitOutputs = 32;  // outputs per block: the threads of a warp, so loads are contiguous
+constexpr int kFitFactors = 16;  // factors tried at the same time, one per warp
+
+// Round a scale to the dtype of the checkpoint; 0 becomes 1, so that nobody divides by it.
+__device__ float storable(float scale, int type) {
+  if (!(scale > 0.0f)) return 1.0f;
+  if (type == kFloat16) {
+    return __half2float(__float2half_rn(fminf(fmaxf(scale, 0x1p-24f), 65504.0f)));
+  }
+  if (type == kBFloat16) {
+    return __bfloat162float(__float2bfloat16_rn(fminf(fmaxf(scale, 0x1p-133f), 0x1.fep127f)));
+  }
+  return fminf(fmaxf(scale, 0x1p-149f), 0x1.fffffep127f);
+}
+
+// The grid over [lowest, highest], a range that includes 0; formats/grid.py says the same in Python.
+__device__ void span(const Fit& fit, float lowest, float highest, float& scale, float& zero) {
+  const float maxq = static_cast<float>((1 << fit.bits) - 1);
+  if (fit.symmetric) {
+    scale = storable(fmaxf(-lowest, highest) * (2.0f / maxq), fit.scale_type);
+    zero = (maxq + 1.0f) / 2.0f;
+    return;
+  }
+  const float low = static_cast<float>(fit.lowest_zero);
+  scale = storable(fmaxf((highest - lowest) / maxq, highest / (maxq - low)), fit.scale_type);
+  zero = fminf(fmaxf(rintf(-lowest / scale), low), maxq);
+}
+
+// One block: one group of columns, kFitOutputs outputs; thread (x, y) tries factor y on output x.
+__global__ void fit_grids_kernel(Fit fit) {
+  __shared__ float error_of[kFitFactors][kFitOutputs];
+  __shared__ int factor_of[kFitFactors][kFitOutputs];
+  const int64_t n = blockIdx.x * int64_t{kFitOutputs} + threadIdx.x;
+  const int64_t group = blockIdx.y;
+  const int64_t first = group * fit.group_size;
+  const int64_t last = min(first + fit.group_size, fit.columns);
+  const float maxq = static_cast<float>((1 << fit.bits) - 1);
+  const bool inside = n < fit.n;
+  const float* weight = fit.weight + (inside ? n : 0);
+
+  float lowest = 0.0f, highest = 0.0f;
+  for (int64_t i = first; i < last; ++i) {
+    const float w = weight[i * fit.weight_stride];
+    lowest = fminf(lowest, w);
+    highest = fmaxf(highest, w);
+  }
+  float least = INFINITY;
+  int best = 0;
+  for (int f = threadIdx.y; f < fit.candidates; f += kFitFactors) {
+    float scale, zero, error = 0.0f;
+    span(fit, lowest * fit.factors[f], highest * fit.factors[f], scale, zero);
+    for (int64_t i = first; i < last; ++i) {
+      const float w = weight[i * fit.weight_stride];
+      const float code = fminf(fmaxf(rintf(w / scale) + zero, 0.0f), maxq);
+      const float missed = w - (code - zero) * scale;
+      error += fit.importance[i] * (missed * missed);
+    }
+    if (error < least) {
+      least = error;
+      best = f;
+    }
+  }
+  error_of[threadIdx.y][threadIdx.x] = least;
+  factor_of[threadIdx.y][threadIdx.x] = best;
+  __syncthreads();
+  if (threadIdx.y != 0 || !inside) return;
+  for (int y = 1; y < kFitFactors && y < fit.candidates; ++y) {
+    const float error = error_of[y][threadIdx.x];
+    const int f = factor_of[y][threadIdx.x];
+    if (error < least || (error == least && f < best)) {
+      least = error;
+      best = f;
+    }
+  }
+  float scale, zero;
+  span(fit, lowest * fit.factors[best], highest * fit.factors[best], scale, zero);
+  fit.scales[group * fit.n + n] = scale;
+  fit.zeros[group * fit.n + n] = zero;
+}
+
+// ---- columns -----------------------------------------------------------------------------------
+
+constexpr int kThreads = 64;    // outputs per block, one per thread
+constexpr int kColumns = 128;   // the longest run of columns
+constexpr int kRegisters = 32;  // columns that a thread holds in registers at a time
+
+struct ColumnsMemory {
+  float factor[kColumns][kColumns];  // rows of the factor, upper triangular
+  float weight[kColumns][kThreads];
+};
+
+// Each thread takes one output through all columns, kRegisters at a time: their own errors move on
+// in registers, fully unrolled; the errors of all of them then go to the later columns in shared
+// memory, four columns per read of the factor.
+__global__ void __launch_bounds__(kThreads) solve_columns_kernel(Block block) {
+  extern __shared__ float memory[];
+  ColumnsMemory& shared = *reinterpret_cast<ColumnsMemory*>(memory);
+  const int columns = static_cast<int>(block.columns);
+  const int t = threadIdx.x;
+  const int64_t n = blockIdx.x * int64_t{kThreads} + t;
+  const bool inside = n < block.n;
+  const int64_t at = inside ? n : 0;
+  const float maxq = static_cast<float>(block.maxq);
+
+  // Many loads in flight: one after another each would take its whole way to memory and back.
+#pragma unroll 16
+  for (int i = t; i < kColumns * kColumns; i += kThreads) {
+    const int row = i / kColumns, column = i % kColumns;
+    const bool given = row < columns && column < columns;
+    shared.factor[row][column] = given ? block.inverse[row * block.inverse_stride + column] : 0.0f;
+  }
+#pragma unroll 16
+  for (int i = 0; i < kColumns; ++i) {
+    shared.weight[i][t] = i < columns ? block.weight[i * block.weight_stride + at] : 0.0f;
+  }
+  __syncthreads();
+
+  for (int first = 0; first < columns; first += kRegisters) {
+    float w[kRegisters], error[kRegisters], scale[kRegisters], zero[kRegisters];
+#pragma unroll
+    for (int c = 0; c < kRegisters; ++c) {
+      const int64_t group = first + c < columns ? block.group[first + c] : 0;
+      scale[c] = block.scales[group * block.n + at];
+      zero[c] = block.zeros[group * block.n + at];
+      w[c] = shared.weight[first + c][t];
+    }
+#pragma unroll
+    for (int c = 0; c < kRegisters; ++c) {
+      const int i = first + c;
+      error[c] = 0.0f;
+      if (i < columns) {
+        const float* row = shared.factor[i] + first;
+        const float code = fminf(fmaxf(rintf(w[c] / scale[c]) + zero[c], 0.0f), maxq);
+        error[c] = (w[c] - (code - zero[c]) * scale[c]) / row[c];
+#pragma unroll
+        for (int later = c + 1; later < kRegisters; ++later) {
+          w[later] -= error[c] * row[later];
+        }
+        if (inside) {
+          block.codes[i * block.n + n] = static_cast<uint8_t>(code);
+          block.errors[i * block.n + n] = error[c];
+          block.weight[i * block.weight_stride + n] = w[c];
+        }
+      }
+    }
+    for (int j = first + kRegisters; j < columns; j += 4) {
+      float later[4];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        later[c] = shared.weight[j + c][t];
+      }
+#pragma unroll
+      for (int c = 0; c < kRegisters; ++c) {
+        const float4 share = *reinterpret_cast<const float4*>(&shared.factor[first + c][j]);
+        later[0] -= error[c] * share.x;
+        later[1] -= error[c] * share.y;
+        later[2] -= error[c] * share.z;
+        later[3] -= error[c] * share.w;
+      }
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        shared.weight[j + c][t] = later[c];
+      }
+    }
+  }
+}
+
+const char* outcome(cudaError_t error) {
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace
+}  // namespace auto_gptq
+
+using namespace auto_gptq;
+
+const char* auto_gptq_cuda_fit_grids(const Fit* fit, void* stream) {
+  const int64_t groups = (fit->columns + fit->group_size - 1) / fit->group_size;
+  if (groups == 0 || fit->n == 0) return nullptr;
+  const dim3 grid(static_cast<unsigned>((fit->n + kFitOutputs - 1) / kFitOutputs),
+                  static_cast<unsigned>(groups));
+  fit_grids_kernel<<<grid, dim3(kFitOutputs, kFitFactors), 0, static_cast<cudaStream_t>(stream)>>>(
+      *fit);
+  return outcome(cudaGetLastError());
+}
+
+const char* auto_gptq_cuda_solve_columns(const Block* block, void* stream) {
+  if (block->columns == 0 || block->n == 0) return nullptr;
+  if (block->columns > kColumns) return "more than 128 columns";
+  const int bytes = sizeof(ColumnsMemory);
+  const cudaError_t set = cudaFuncSetAttribute(
+      solve_columns_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (set != cudaSuccess) return outcome(set);
+  const unsigned blocks = static_cast<unsigned>((block->n + kThreads - 1) / kThreads);
+  solve_columns_kernel<<<blocks, kThreads, bytes, static_cast<cudaStream_t>(stream)>>>(*block);
+  return outcome(cudaGetLastError());
+}
