@@ -10,8 +10,9 @@
     ├── ModuleShapeError         a linear's shape cannot be packed             (ValueError)
     ├── NumericsError            NaN or infinity where numbers were expected   (ArithmeticError)
     ├── QuantizedStateError      quantizing twice, saving what is not packed   (OSError)
-    ├── DerivedWeightError       writing into a quantized layer's weight       (RuntimeError)
-    └── RetiredError             a part of AutoGPTQ that is gone   (NotImplementedError)
+    ├── MissingLibraryError      a feature's optional library is absent        (ImportError)
+    ├── DerivedWeightError       writing into a quantized layer's weight       (NotImplementedError)
+    └── RetiredError             a part of AutoGPTQ that is gone               (NotImplementedError)
 
 Each also is the built-in class that AutoGPTQ raised in its place, so an old ``except ValueError``
 keeps working.  A message says what is wrong, with the numbers, and what to do.
@@ -63,7 +64,11 @@ class QuantizedStateError(AutoGPTQError, OSError):
     """An operation that the model's state (quantized or not) forbids."""
 
 
-class DerivedWeightError(AutoGPTQError, RuntimeError):
+class MissingLibraryError(AutoGPTQError, ImportError):
+    """A library that only this feature needs is not installed."""
+
+
+class DerivedWeightError(AutoGPTQError, NotImplementedError):
     """An attempt to write into the derived weight of a quantized layer."""
 
 

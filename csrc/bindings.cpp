@@ -176,14 +176,15 @@ Tensor dequantize(const Tensor& qweight,
 
 Tensor multiply_few_rows(const Weight& weight,
                          const Tensor& x,  // [M, K] fp32
-                         const std::optional<Tensor>& bias) {
+                         const std::optional<Tensor>& bias,
+                         const std::vector<int64_t>& shape) {  // of the result, M * N in all
   const auto_gptq::Packed& packed = weight.packed;
   const int64_t m = x.size(0);
   const auto* data = static_cast<const float*>(x.const_data_ptr());
   std::vector<float> scaled(m * packed.k), sums(m * packed.k / 32);
   auto_gptq_cpu_prepare_activations(data, m, packed.k, packed.bits, scaled.data(), sums.data());
   const auto* add = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
-  Tensor y = torch::stable::new_empty(x, {m, packed.n});
+  Tensor y = torch::stable::new_empty(x, shape);
   auto* out = static_cast<float*>(y.mutable_data_ptr());
   for_columns(0, packed.n, packed.k * m, [&](int64_t n_begin, int64_t n_end) {
     auto_gptq_cpu_q_linear(&packed, data, scaled.data(), sums.data(), m, add, out, n_begin, n_end,
@@ -214,18 +215,20 @@ Tensor dense_linear(const Tensor& x, const Tensor& weight, const std::optional<T
 Tensor multiply_many_rows(const Weight& weight,
                           const Tensor& x,  // [M, K] fp32
                           const std::optional<Tensor>& bias,
+                          const std::vector<int64_t>& shape,  // of the result, M * N in all
                           ScalarType type) {
   const auto_gptq::Packed& packed = weight.packed;
   const int64_t width =
       std::min(packed.n, std::max<int64_t>(kPanelBytes / 4 / packed.k / 32, 1) * 32);
   Tensor panel = torch::stable::new_empty(x, {width, packed.k});
-  Tensor y = torch::stable::new_empty(x, {x.size(0), packed.n}, type);
+  Tensor y = torch::stable::new_empty(x, shape, type);
+  Tensor rows = torch::stable::view(y, {x.size(0), packed.n});
   for (int64_t n = 0; n < packed.n; n += width) {
     const int64_t count = std::min(width, packed.n - n);
     write_dense(packed, n, n + count, panel, auto_gptq::kFloat32);
     const Tensor product =
         dense_linear(x, torch::stable::narrow(panel, 0, 0, count), slice(bias, n, count));
-    Tensor columns = torch::stable::narrow(y, 1, n, count);
+    Tensor columns = torch::stable::narrow(rows, 1, n, count);
     torch::stable::copy_(columns, product);
   }
   return y;
@@ -261,13 +264,16 @@ Tensor q_linear(const Tensor& x,
     m *= x.size(i);
   }
   const Tensor rows = torch::stable::reshape(as_float(x), {m, k});
-  // K = 0 stays with the packed kernel, for which an empty sum is nothing special.
-  Tensor y = m <= kFewRows || k == 0 ? multiply_few_rows(weight, rows, addend)
-                                     : multiply_many_rows(weight, rows, addend, x.scalar_type());
+  // Autograd lets nobody write into a result that is a view, as PEFT's AdaLoRA does: so it is
+  // allocated in its final shape.  K = 0 stays with the packed kernel, for which an empty sum is
+  // nothing special.
+  Tensor y = m <= kFewRows || k == 0
+                 ? multiply_few_rows(weight, rows, addend, shape)
+                 : multiply_many_rows(weight, rows, addend, shape, x.scalar_type());
   if (y.scalar_type() != x.scalar_type()) {
     y = torch::stable::to(y, x.scalar_type());
   }
-  return torch::stable::view(y, shape);
+  return y;
 }
 
 void check_like(const char* name, const Tensor& tensor, const Tensor& weight) {

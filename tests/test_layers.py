@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = [
     "_version",
     "errors",
+    "optional",
     "hub",
     "architectures",
     "formats",

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..errors import ConfigError
+from ..optional import require
+
+# What reads a local file; plain text needs nobody's help.
+_BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 def python_documentation() -> str:
@@ -30,3 +39,75 @@ def token_rows(
 def as_examples(rows: Tensor) -> list[dict[str, Tensor]]:
     """Give rows of token ids in the form that ``quantize`` takes."""
     return [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
+
+
+def columns(
+    source: Any,
+    names: Sequence[str] | None = None,
+    *,
+    splits: Sequence[str] = ("evaluation", "test", "train"),
+    **options: Any,
+) -> dict[str, list[Any]]:
+    """Give columns of a table as lists.
+
+    :param source: a local file or a name on the Hub (see :func:`load_table`), a
+        ``datasets.Dataset`` or DatasetDict, a list of dicts or a dict of lists
+    :param names: which columns; all if None
+    :param splits: of several splits the first of these that is there is taken
+    :param options: go to ``datasets.load_dataset``
+    :raises ConfigError: (a ValueError) if a column or all of the splits are absent
+    """
+    table = load_table(source, **options) if isinstance(source, (str, Path)) else source
+    if isinstance(table, Mapping) and not all(map(_is_column, table.values())):
+        table = _split(table, splits)
+    if isinstance(table, Sequence):  # rows
+        present = list(table[0]) if len(table) else []
+        table = {key: [row.get(key) for row in table] for key in present}
+    present = list(getattr(table, "column_names", None) or table)
+    for key in names or ():
+        if key not in present:
+            raise ConfigError(f"There is no column {key!r}; the data has {present}.")
+    return {key: list(table[key]) for key in names or present}
+
+
+def load_table(source: str | Path, **options: Any) -> Any:
+    """Read a local .txt, .json, .jsonl, .csv or .parquet file, or a dataset on the Hub.
+
+    :raises MissingLibraryError: (an ImportError) if that needs ``datasets`` and it is not there
+    """
+    file = Path(source)
+    if not file.is_file():
+        return require("datasets", f"Loading {str(source)!r}").load_dataset(str(source), **options)
+    if file.suffix not in _BUILDERS:
+        return {"text": [file.read_text(encoding="utf-8")]}
+    if _BUILDERS[file.suffix] == "json":
+        return _json_rows(file)
+    datasets = require("datasets", f"Reading {file.suffix} files")
+    return datasets.load_dataset(_BUILDERS[file.suffix], data_files=str(file), split="train")
+
+
+def _json_rows(file: Path) -> list[dict[str, Any]]:
+    """Read a list of objects, or one object a line."""
+    text = file.read_text(encoding="utf-8")
+    try:
+        rows = json.loads(text if text.lstrip().startswith("[") else f"[{_joined(text)}]")
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{file} is neither a list of objects nor one a line: {error}") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise ConfigError(f"{file} must hold objects, as [{{...}}, ...] or one a line.")
+    return list(rows)
+
+
+def _joined(lines: str) -> str:
+    return ",".join(line for line in lines.splitlines() if line.strip())
+
+
+def _is_column(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and not (value and isinstance(value[0], Mapping))
+
+
+def _split(table: Mapping[str, Any], splits: Sequence[str]) -> Any:
+    for split in splits:
+        if split in table:
+            return table[split]
+    raise ConfigError(f"There is none of the splits {list(splits)}; the data has {list(table)}.")

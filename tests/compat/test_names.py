@@ -20,22 +20,12 @@ HERE = Path(__file__).parent
 NAMES: dict[str, dict[str, str]] = json.loads((HERE / "autogptq_0_8_names.json").read_text())
 SIGNATURES: dict[str, str] = json.loads((HERE / "autogptq_0_8_signatures.json").read_text())
 KEPT = [(module, name) for module, row in NAMES.items() for name in row if row[name] == "kept"]
-# Homes of the table that are still to be written.
-NOT_YET = {
-    "auto_gptq.integrations.peft",
-    "auto_gptq.evaluation.tasks",
-    "auto_gptq.calibration.blocks",
-    "auto_gptq.evaluation.perplexity",  # is there, without its class
-}
 
 
 def resolve(path: str) -> Any:
-    """Give what `module:Class.member` means; skip if its home is still to be written."""
+    """Give what `module:Class.member` means."""
     module, _, names = path.partition(":")
     first, *rest = names.split(".")
-    home, _ = _old_names.homes(module).get(first, (module, first))
-    if importlib.util.resolve_name(home, "auto_gptq") in NOT_YET:
-        pytest.skip(f"{home} is still to be written")
     found = getattr(importlib.import_module(module), first)
     for name in rest:
         found = getattr(found, name)
@@ -85,8 +75,7 @@ def test_every_row_of_the_table_names_a_home_that_has_it() -> None:
     for module in _old_names.TABLE:
         full = f"auto_gptq.{module}".removesuffix(".")
         for name, (home, new) in _old_names.homes(full).items():
-            if importlib.util.resolve_name(home, "auto_gptq") not in NOT_YET:
-                assert hasattr(importlib.import_module(home, "auto_gptq"), new), (module, name)
+            assert hasattr(importlib.import_module(home, "auto_gptq"), new), (module, name)
 
 
 def test_importing_prints_nothing_and_imports_no_heavy_library() -> None:

@@ -12,6 +12,7 @@ from ...errors import CheckpointError, DerivedWeightError, ModuleShapeError
 from ...formats.gptq import ZERO_OFFSET, GPTQTensors, group_count, pack_layer, trivial_g_idx
 from ...formats.packing import CODES_PER_STREAM
 from ...kernels import native, ops
+from .derived import HOW, DerivedWeight
 
 _PACKED = ("qweight", "qzeros", "scales", "g_idx")
 
@@ -68,15 +69,20 @@ class QuantLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # a Parameter in nn.Linear
-        """The dense weight ``[N, K]``, dequantized anew at each access."""
-        return self.dequantize(self.scales.dtype)
+        """The dense weight ``[N, K]``, dequantized anew at each access; writing into it raises."""
+        weight = self.dequantize(self.scales.dtype)
+        # A compiled graph is traced from code that has run, and raised, without the compiler.
+        return weight if torch.compiler.is_compiling() else weight.as_subclass(DerivedWeight)
 
     @weight.setter
     def weight(self, value: object) -> None:
-        raise DerivedWeightError(
-            "The weight of a quantized layer is derived from its packed integers and cannot be "
-            "set. Use pack() to replace them."
-        )
+        raise DerivedWeightError(HOW)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuse a Parameter as weight, which ``nn.Module`` takes without asking the property."""
+        if name == "weight":
+            raise DerivedWeightError(HOW)
+        super().register_parameter(name, param)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Give the dense weight ``[N, K]``, computed in fp32 and rounded once."""
