@@ -18,7 +18,9 @@ def plain_gptq(
     """Process one column at a time with the inverse Hessian, updated by elimination each time."""
     w = weight.double()[:, order]
     h = hessian.double()[order][:, order]
-    h = h + damp_percent * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
+    h = h + damp_percent * h.diagonal().mean() * torch.eye(
+        len(h), dtype=torch.float64, device=h.device
+    )
     inverse = torch.linalg.inv(h)
     codes = torch.empty_like(w)
     for k in range(w.shape[1]):

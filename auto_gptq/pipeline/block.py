@@ -16,6 +16,7 @@ from ..calibration.capture import BlockCall
 from ..errors import NumericsError
 from ..nn_modules.qlinear.linear import dense_weight
 from ..quantization.hessian import Hessian
+from ..quantization.precision import tensor_cores
 from ..quantization.solver import Solution, SolverOptions, round_to_nearest, solve
 
 logger = logging.getLogger(__name__)
@@ -120,7 +121,8 @@ def _solve_stacked(
         solved = (solve if hessian.tokens else round_to_nearest)(tall, mean, options)
     except NumericsError as error:
         raise NumericsError(f"{', '.join(linears)}: {error}") from error
-    energy = ((tall @ mean) * tall).sum(1)
+    with tensor_cores():
+        energy = ((tall @ mean) * tall).sum(1)
     seconds = (time.perf_counter() - started) / len(linears)
     row = 0
     for name, linear in linears.items():

@@ -16,6 +16,7 @@ from ..formats.gptq import trivial_g_idx
 from ..formats.grid import Grid, GridRule
 from ..kernels import native, ops
 from .hessian import factorize
+from .precision import tensor_cores
 
 # Columns treated one by one before their common error goes to the others in one matrix product.
 _LEAF = 128
@@ -63,6 +64,7 @@ class Solution:
         )
 
 
+@tensor_cores()
 def solve(
     weight: Tensor,  # [N, K] any float dtype
     hessian: Tensor,  # [K, K] fp32
