@@ -22,9 +22,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 STABLE_ABI = (2, 10)  # the first torch whose stable ABI has all that bindings.cpp uses
-SOURCES = ["csrc/bindings.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
+SOURCES = sorted(map(str, [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")]))
 CUDA_SOURCES = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
-HEADERS = ["csrc/launch.h", "csrc/packed.h"]
+HEADERS = sorted(map(str, Path("csrc").glob("*.h")))
 # Real code for what data centres and desks have, and PTX for what comes.
 CUDA_TARGETS = ("75", "80", "86", "89", "90")
 

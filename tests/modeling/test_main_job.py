@@ -74,13 +74,16 @@ def test_quantizing_8_bits_hardly_changes_the_logits() -> None:
     assert (after - before).norm() < 0.01 * before.norm()
 
 
-def test_generation_runs_and_starts_with_the_prompt(tmp_path: Path) -> None:
+def test_generation_runs_and_starts_with_the_prompt(tmp_path: Path, device: torch.device) -> None:
     _quantized().save_quantized(tmp_path)
-    loaded = AutoGPTQForCausalLM.from_quantized(tmp_path, device="cpu")
-    prompt = torch.tensor([[5, 6, 7]])
+    loaded = AutoGPTQForCausalLM.from_quantized(tmp_path, device=device)
+    prompt = torch.tensor([[5, 6, 7]], device=device)
     output = loaded.generate(input_ids=prompt, max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert output.shape == (1, 7)
     assert torch.equal(output[:, :3], prompt)
+    on_cpu = AutoGPTQForCausalLM.from_quantized(tmp_path, device="cpu")
+    wanted = on_cpu(input_ids=prompt.cpu()).logits
+    assert (loaded(input_ids=prompt).logits.cpu() - wanted).norm() < 0.01 * wanted.norm()
 
 
 def test_saved_files_are_those_of_autogptq_and_can_be_found_by_transformers(tmp_path: Path) -> None:

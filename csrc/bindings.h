@@ -1,0 +1,87 @@
+// What every binding needs: checks that name what does not fit, and threads over columns.
+//
+// Only files called bindings* include torch, and only its stable ABI.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+
+#include "launch.h"
+
+namespace auto_gptq_bindings {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Codes a thread should get before it is worth waking.
+constexpr int64_t kCodesPerThread = 1 << 16;
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::string text = "[";
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    text += (i ? ", " : "") + std::to_string(tensor.size(i));
+  }
+  return text + "]";
+}
+
+inline std::optional<auto_gptq::DataType> data_type(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return auto_gptq::kFloat32;
+    case ScalarType::Half:
+      return auto_gptq::kFloat16;
+    case ScalarType::BFloat16:
+      return auto_gptq::kBFloat16;
+    default:
+      return std::nullopt;
+  }
+}
+
+inline void check_floating(const char* name, ScalarType type) {
+  STD_TORCH_CHECK(data_type(type), name, " is ", torch::headeronly::toString(type),
+                  ", but must be Float, Half or BFloat16.");
+}
+
+inline void check_cpu(const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, " is not on the CPU, but the other tensors are.");
+}
+
+inline void check_int32(const char* name, const Tensor& tensor) {
+  check_cpu(name, tensor);
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Int, name, " is ",
+                  torch::headeronly::toString(tensor.scalar_type()), ", but must be Int.");
+}
+
+inline void check_matrix(
+    const char* name, const Tensor& tensor, int64_t rows, int64_t columns, const char* meaning) {
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, name,
+                  " is ", shape_of(tensor), ", but must be ", meaning, " = [", rows, ", ", columns,
+                  "].");
+}
+
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline Tensor as_float(const Tensor& tensor) {
+  return as_contiguous(tensor.scalar_type() == ScalarType::Float
+                           ? tensor
+                           : torch::stable::to(tensor, ScalarType::Float));
+}
+
+// Call work(n_begin, n_end) in parallel for ranges that make up [begin, end), all multiples of 32.
+template <typename Work>
+void for_columns(int64_t begin, int64_t end, int64_t codes_per_column, const Work& work) {
+  const int64_t per_block = std::max<int64_t>(32 * codes_per_column, 1);
+  torch::stable::parallel_for(begin / 32, end / 32,
+                              std::max<int64_t>(kCodesPerThread / per_block, 1),
+                              [&](int64_t first, int64_t last) { work(32 * first, 32 * last); });
+}
+
+}  // namespace auto_gptq_bindings

@@ -1,0 +1,174 @@
+// torch.ops.auto_gptq.fit_grids and solve_columns on the CPU and on NVIDIA GPUs.
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <tuple>
+#include <utility>
+
+#include "bindings.h"
+
+namespace {
+
+using namespace auto_gptq_bindings;
+
+void check_like(const char* name, const Tensor& tensor, const Tensor& weight) {
+  STD_TORCH_CHECK(tensor.is_cpu() == weight.is_cpu() &&
+                      tensor.get_device_index() == weight.get_device_index(),
+                  name, " is not on the device of weight.");
+}
+
+void check_rows(
+    const char* name, const Tensor& tensor, const Tensor& weight, int64_t rows, int64_t columns) {
+  check_like(name, tensor, weight);
+  check_matrix(name, tensor, rows, columns, "the shape");
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.stride(1) == 1, name,
+                  " must be Float with contiguous rows.");
+}
+
+void check_vector(
+    const char* name, const Tensor& tensor, const Tensor& weight, int64_t size, ScalarType type) {
+  check_like(name, tensor, weight);
+  STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == size && tensor.scalar_type() == type &&
+                      tensor.is_contiguous(),
+                  name, " is ", shape_of(tensor), " of ",
+                  torch::headeronly::toString(tensor.scalar_type()), ", but must be a contiguous [",
+                  size, "] of ", torch::headeronly::toString(type), ".");
+}
+
+const float* floats(const Tensor& tensor) {
+  return static_cast<const float*>(tensor.const_data_ptr());
+}
+
+#ifdef AUTO_GPTQ_CUDA
+// Found at run time, so that the library also loads beside a torch without CUDA.
+void* current_stream(int32_t device) {
+  using Find = int (*)(int32_t, void**);
+  static const Find find = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+    return reinterpret_cast<Find>(
+        library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr);
+  }();
+  STD_TORCH_CHECK(find, "this torch has no CUDA.");
+  void* stream = nullptr;
+  STD_TORCH_CHECK(find(device, &stream) == 0, "there is no stream for device ", device, ".");
+  return stream;
+}
+
+template <typename Task>
+void run_on_gpu(const Tensor& like, const char* (*launch)(const Task*, void*), const Task& task) {
+  const int32_t device = like.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const char* failure = launch(&task, current_stream(device));
+  STD_TORCH_CHECK(!failure, "the kernel did not start: ", failure ? failure : "");
+}
+#endif
+
+std::tuple<Tensor, Tensor> fit_grids(const Tensor& weight,
+                                     const Tensor& importance,
+                                     const Tensor& factors,
+                                     int64_t group_size,
+                                     int64_t bits,
+                                     bool symmetric,
+                                     int64_t lowest_zero,
+                                     ScalarType scale_dtype) {
+  STD_TORCH_CHECK(weight.dim() == 2, "weight is ", shape_of(weight), ", but must be [B, N].");
+  const int64_t columns = weight.size(0), n = weight.size(1);
+  STD_TORCH_CHECK(group_size > 0, "group_size is ", group_size, ", but must be positive.");
+  check_rows("weight", weight, weight, columns, n);
+  check_vector("importance", importance, weight, columns, ScalarType::Float);
+  check_vector("factors", factors, weight, factors.size(0), ScalarType::Float);
+  check_floating("scale_dtype", scale_dtype);
+  const int64_t groups = (columns + group_size - 1) / group_size;
+  Tensor scales = torch::stable::new_empty(weight, {groups, n});
+  Tensor zeros = torch::stable::new_empty(weight, {groups, n});
+  const auto_gptq::Fit fit{floats(weight),
+                           floats(importance),
+                           floats(factors),
+                           static_cast<float*>(scales.mutable_data_ptr()),
+                           static_cast<float*>(zeros.mutable_data_ptr()),
+                           columns,
+                           factors.size(0),
+                           n,
+                           weight.stride(0),
+                           group_size,
+                           static_cast<int32_t>(bits),
+                           symmetric ? 1 : 0,
+                           static_cast<int32_t>(lowest_zero),
+                           *data_type(scale_dtype)};
+#ifdef AUTO_GPTQ_CUDA
+  if (!weight.is_cpu()) {
+    run_on_gpu(weight, auto_gptq_cuda_fit_grids, fit);
+    return {scales, zeros};
+  }
+#endif
+  for_columns(0, (n + 31) / 32 * 32, columns * fit.candidates, [&](int64_t begin, int64_t end) {
+    auto_gptq_cpu_fit_grids(&fit, begin, std::min(end, n), auto_gptq_cpu_best_isa());
+  });
+  return {scales, zeros};
+}
+
+void solve_columns(const Tensor& weight,
+                   const Tensor& codes,
+                   const Tensor& errors,
+                   const Tensor& inverse,
+                   const Tensor& scales,
+                   const Tensor& zeros,
+                   const Tensor& group,
+                   int64_t maxq) {
+  STD_TORCH_CHECK(weight.dim() == 2, "weight is ", shape_of(weight), ", but must be [B, N].");
+  STD_TORCH_CHECK(scales.dim() == 2, "scales is ", shape_of(scales), ", but must be [G, N].");
+  const int64_t columns = weight.size(0), n = weight.size(1);
+  check_rows("weight", weight, weight, columns, n);
+  check_rows("errors", errors, weight, columns, n);
+  check_like("codes", codes, weight);
+  check_matrix("codes", codes, columns, n, "the shape");
+  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte && codes.is_contiguous() &&
+                      errors.is_contiguous(),
+                  "codes must be contiguous Byte, and errors contiguous.");
+  check_rows("inverse", inverse, weight, columns, columns);
+  check_rows("scales", scales, weight, scales.size(0), n);
+  check_rows("zeros", zeros, weight, scales.size(0), n);
+  STD_TORCH_CHECK(scales.is_contiguous() && zeros.is_contiguous(),
+                  "scales and zeros must be contiguous.");
+  check_vector("group", group, weight, columns, ScalarType::Long);
+  const auto* of_column = static_cast<const int64_t*>(group.const_data_ptr());
+  for (int64_t i = 0; weight.is_cpu() && i < columns; ++i) {
+    STD_TORCH_CHECK(of_column[i] >= 0 && of_column[i] < scales.size(0), "group[", i, "] is ",
+                    of_column[i], ", but must be in [0, ", scales.size(0), ").");
+  }
+  const auto_gptq::Block block{static_cast<float*>(weight.mutable_data_ptr()),
+                               floats(inverse),
+                               floats(scales),
+                               floats(zeros),
+                               of_column,
+                               static_cast<uint8_t*>(codes.mutable_data_ptr()),
+                               static_cast<float*>(errors.mutable_data_ptr()),
+                               columns,
+                               n,
+                               weight.stride(0),
+                               inverse.stride(0),
+                               static_cast<int32_t>(maxq)};
+#ifdef AUTO_GPTQ_CUDA
+  if (!weight.is_cpu()) {
+    run_on_gpu(weight, auto_gptq_cuda_solve_columns, block);
+    return;
+  }
+#endif
+  for_columns(0, (n + 31) / 32 * 32, columns * columns, [&](int64_t begin, int64_t end) {
+    auto_gptq_cpu_solve_columns(&block, begin, std::min(end, n), auto_gptq_cpu_best_isa());
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(auto_gptq, CPU, m) {
+  m.impl("fit_grids", TORCH_BOX(&fit_grids));
+  m.impl("solve_columns", TORCH_BOX(&solve_columns));
+}
+
+#ifdef AUTO_GPTQ_CUDA
+STABLE_TORCH_LIBRARY_IMPL(auto_gptq, CUDA, m) {
+  m.impl("fit_grids", TORCH_BOX(&fit_grids));
+  m.impl("solve_columns", TORCH_BOX(&solve_columns));
+}
+#endif
