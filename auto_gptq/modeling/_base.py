@@ -158,6 +158,7 @@ class BaseGPTQForCausalLM(FormerMethods):
         *,
         tokenizer: Any = None,
         show_progress: bool | None = None,
+        work_dir: str | Path | None = None,
     ) -> None:
         """Quantize the model in place, calibrating on examples.
 
@@ -169,6 +170,8 @@ class BaseGPTQForCausalLM(FormerMethods):
         :param tokenizer: given that, examples may be texts or chats, or a dataset of them
         :param batch_size: examples that run through a block at a time
         :param show_progress: draw a bar; None for only on a terminal
+        :param work_dir: folder that keeps every finished block; called again as before after a
+            crash, quantize() goes on from there and ends with the same integers
         :raises QuantizedStateError: (an EnvironmentError) if the model is quantized already
         :raises ExamplesError: (a ValueError) if examples are empty or of the wrong form
         :raises ModuleShapeError: (a ValueError) if a linear cannot be packed; nothing is changed
@@ -190,7 +193,12 @@ class BaseGPTQForCausalLM(FormerMethods):
             max_length=longest_sequence(self.config),
         )
         self.report = quantize_model(
-            self.model, self.architecture, self.quantize_config, batches, show_progress
+            self.model,
+            self.architecture,
+            self.quantize_config,
+            batches,
+            show_progress=show_progress,
+            work_dir=work_dir,
         )
         self.calibration_rows = sum(len(batch.input_ids) for batch in batches)
         self._quantized = True

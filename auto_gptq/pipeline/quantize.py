@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from ..nn_modules.surgery import quantized_from, replace, untie
 from ..quantization.config import BaseQuantizeConfig
 from ..quantization.solver import SolverOptions
 from .block import Feed, Solved, propagate, solve_step
+from .journal import Journal, describe_job, restore
 from .one_pass import fits_one_pass, reading_groups, solve_in_one_pass
 from .placement import execution_device, execution_dtype, placed
 from .plan import Plan, make_plan, solver_options
@@ -33,18 +35,23 @@ def quantize_model(
     architecture: Architecture,
     config: BaseQuantizeConfig,
     batches: Sequence[Batch],
+    *,
     show_progress: bool | None = None,
+    work_dir: str | Path | None = None,
 ) -> list[ModuleReport]:
     """Quantize a model in place: its linears become QuantLinears.
 
     Each block is solved on what the already quantized blocks before it put out.
 
+    :param work_dir: folder that keeps finished blocks; a run that was ended goes on from there
     :raises NumericsError: naming the module whose weights or inputs hold NaN or infinity
+    :raises ConfigError: if ``work_dir`` holds a run of something else
     """
     plan = make_plan(model, architecture, config)
     device = execution_device(model)
     dtype = execution_dtype(next(plan.blocks.parameters()).dtype, device)
     batches = merge_batches(batches, _TOKENS_AT_ONCE.get(device.type, 2048))
+    journal = work_dir and Journal.open(work_dir, describe_job(model, config, batches, dtype))
     captured = _capture(model, plan, batches, device, dtype)
     report: list[ModuleReport] = []
     with (
@@ -55,16 +62,19 @@ def quantize_model(
         for i, block in enumerate(plan.blocks):
             name = f"{plan.prefix}.{i}"
             feed = _feed(captured, i, device, dtype)
+            stored = journal.read(i, device) if journal else None
             done: list[Solved] = []
             with placed(block, device, dtype):
                 try:
                     options = plan.options(name, i)
-                    for solved in run.solve(block, plan.steps[i], feed, options):
+                    for solved in run.solve(block, plan.steps[i], feed, options, stored):
                         done.append(solved)
                         report.append(_entry(name, i, solved))
                         progress.module_done(report[-1])
                 except NumericsError as error:
                     raise NumericsError(f"{name}: {error}") from error
+            if journal and stored is None:
+                journal.write(i, done)
             _pack(block, name, done, plan)
         if plan.head is not None:
             captured.hidden = feed.hidden
@@ -109,8 +119,14 @@ class _Run:
         steps: list[list[str]],
         feed: Feed,
         options: Mapping[str, SolverOptions],  # by the names of the linears
+        stored: Sequence[Solved] | None,  # by an earlier run
     ) -> Iterator[Solved]:
         """Solve a block, and replace the hidden states by its outputs."""
+        if stored is not None:
+            restore(block, stored)
+            propagate(block, feed)
+            yield from stored
+            return
         linears = {name: block.get_submodule(name) for step in steps for name in step}
         if len(steps) > 1 and fits_one_pass(linears, feed):
             kind = (type(block), tuple(linears))
