@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint.fill import check_packed
+from ..checkpoint.fill import check_packed, some
 from ..checkpoint.layouts import find_packed
 from ..checkpoint.reader import Header, WeightFiles, find_weights, read_headers, read_tensors
 from ..errors import CheckpointError, UnsupportedModelError
 from ..formats.gptq import trivial_g_idx
+from ..nn_modules.experts import expert_parents, find_fused, unfuse
 from ..nn_modules.qlinear.linear import QuantLinear, check_shape
 from ..nn_modules.surgery import (
     empty_quant_linear,
@@ -44,6 +45,7 @@ class Skeleton:
     weights: WeightFiles
     headers: dict[str, Header]
     dtypes: dict[str, torch.dtype]  # of the model's parameters
+    replaced: set[str]  # names of the model's tensors that are no more
 
 
 def prepare(
@@ -59,8 +61,9 @@ def prepare(
     headers = read_headers(weights)
     layouts = find_packed(headers, settings.checkpoint_format)
     _check_layouts(layouts)
+    before = set(model.state_dict())
+    names = _names_in_model(model, headers, layouts)
     linears = find_linears(model)
-    names = _names_in_model(model, layouts, linears)
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     head = output_head(model)
     if head in names.values():
@@ -73,7 +76,8 @@ def prepare(
     check_packed(layers, weights, headers, layouts, contiguous=contiguous)
     replace(model, [(names[stored], layer) for stored, layer in layers.items()])
     _mark_initialized(model, names.values())
-    return Skeleton(layers, names, weights, headers, dtypes)
+    replaced = before - set(model.state_dict())
+    return Skeleton(layers, names, weights, headers, dtypes, replaced)
 
 
 def finish(model: Any, skeleton: Skeleton) -> None:
@@ -130,56 +134,88 @@ def _check_layouts(layouts: Mapping[str, str]) -> None:
 
 
 def _names_in_model(
-    model: Any, stored: Iterable[str], linears: Mapping[str, nn.Module]
+    model: Any, headers: Mapping[str, Header], packed: Iterable[str]
 ) -> dict[str, str]:
     """Give, for each packed linear of the checkpoint, its name in the model.
 
+    Fused experts that the checkpoint holds one by one are parted first.
+
     :raises CheckpointError: naming those that are no linears there
     """
-    rename = _renaming(model, linears)
-    names = {name: rename(name) for name in stored}
-    foreign = [name for name, inside in names.items() if inside not in linears]
-    if foreign:
-        # A base model is loaded from the checkpoint of a model with a head.
-        lost = [name for name in foreign if not _is_outside(model, name)]
-        if lost:
-            raise CheckpointError(
-                f"The checkpoint holds packed weights for {lost[0]} and {len(lost) - 1} more, "
-                f"which are no linear layers of {type(model).__name__}."
-            )
+    fused = find_fused(model)
+    rename = _renaming(model, [*find_linears(model), *fused])
+    owners = {name.rpartition(".")[0] for name in headers} if fused else set(packed)
+    renamed = {name: rename(name) for name in owners}
+    if fused:
+        inside = {f"{name}.weight" for name in renamed.values()}
+        unfuse(model, only=expert_parents(model, inside))
+    linears = find_linears(model)
+    names = {name: renamed[name] for name in packed}
+    lost = [n for n, inside in names.items() if inside not in linears and not _is_beside(model, n)]
+    if lost:
+        raise CheckpointError(
+            f"The checkpoint holds packed weights for {some(lost)}, which are no linear layers of "
+            f"{type(model).__name__}."
+        )
     return {name: inside for name, inside in names.items() if inside in linears}
 
 
-def _is_outside(model: Any, name: str) -> bool:
-    """Tell whether a name is one beside the part that is loaded alone, as the head is."""
-    return name.partition(".")[0] != model.base_model_prefix and not hasattr(
-        model, name.partition(".")[0]
-    )
+def _is_beside(model: Any, name: str) -> bool:
+    """Tell whether a name leads out of a base model that is loaded alone, as the head's does."""
+    first = name.partition(".")[0]
+    return first != model.base_model_prefix and not hasattr(model, first)
 
 
-def _renaming(model: Any, linears: Mapping[str, nn.Module]) -> Callable[[str], str]:
-    """Make the function from a linear's name in the checkpoint to that in the model."""
-    known = {f"{name}.qweight": True for name in linears}
-    prefix = model.base_model_prefix
+class _Below(dict[str, bool]):
+    """Knows every name of a tensor below its modules, as transformers asks a dict for it."""
+
+    def get(self, name: str, default: Any = None) -> Any:
+        parts = name.split(".")
+        return any(".".join(parts[:n]) in self for n in range(1, len(parts))) or default
+
+
+def _renaming(model: Any, modules: Iterable[str]) -> Callable[[str], str]:
+    """Make the function from a linear's name in the checkpoint to that in the model.
+
+    :param modules: names of linears, and of what will have linears inside
+    """
+    known, prefix = _Below(dict.fromkeys(modules, True)), model.base_model_prefix
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming, rename_source_key
     except ImportError:  # transformers 4 renames nothing in language models but the prefix
-        return lambda name: _with_fitting_prefix(name, prefix, linears)
+
+        def prefixed(name: str) -> str:
+            candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+            return next((each for each in candidates if known.get(f"{each}.weight")), name)
+
+        return prefixed
     conversions = get_model_conversion_mapping(model)
     # Copied: they note which of them were used, for saving.
     renamings = [deepcopy(each) for each in conversions if isinstance(each, WeightRenaming)]
 
     def rename(name: str) -> str:
-        key, _ = rename_source_key(f"{name}.qweight", renamings, [], prefix, known)
-        return str(key).removesuffix(".qweight")
+        key, _ = rename_source_key(f"{name}.weight", renamings, [], prefix, known)
+        return str(key).removesuffix(".weight")
 
     return rename
 
 
-def _with_fitting_prefix(name: str, prefix: str, linears: Mapping[str, nn.Module]) -> str:
-    candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
-    return next((candidate for candidate in candidates if candidate in linears), name)
+def without_parted(conversions: Iterable[Any], replaced: Iterable[str]) -> list[Any]:
+    """Leave out the rules that would merge experts which stay apart.
+
+    One expert left dense beside packed ones would be merged into a tensor that is no more.
+    """
+    return [rule for rule in conversions if not (_merges(rule) and _makes(rule, replaced))]
+
+
+def _merges(rule: Any) -> bool:
+    return bool(getattr(rule, "operations", None))
+
+
+def _makes(rule: Any, names: Iterable[str]) -> bool:
+    ends = [re.sub(r"[\\^$]", "", target) for target in rule.target_patterns]
+    return any(name.endswith(end) for name in names for end in ends)
 
 
 def _empty(

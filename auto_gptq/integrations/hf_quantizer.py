@@ -79,6 +79,12 @@ class AutoGPTQHfQuantizer(HfQuantizer):
             self._skeleton = hf_load.prepare(model, settings, checkpoint_files)
         return model
 
+    def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> Any:
+        """Keep packed experts apart; transformers before 5.20 does not pass the model."""
+        if self._skeleton is None:
+            return weight_conversions
+        return hf_load.without_parted(weight_conversions, self._skeleton.replaced)
+
     def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
         if self._skeleton is not None:
             hf_load.finish(model, self._skeleton)
