@@ -32,6 +32,8 @@ _FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
+# Linears that servers build packed unless told otherwise.
+_IN_BLOCKS = {*(part for parts in _FUSED.values() for part in parts), "o_proj", "down_proj"}
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ def judge(config: Mapping[str, Any], weights: WeightFiles) -> dict[str, Verdict]
     headers = read_headers(weights)
     linears = _packed_linears(weights, headers, settings)
     whole = [*_about_settings(stored, settings, linears), *_about_parts(linears, headers, settings)]
-    return {server: _verdict(server, whole, linears) for server in SERVERS}
+    told = {"SGLang": [] if whole else _about_dense(headers, settings)}
+    return {s: _verdict(s, [*whole, *told.get(s, [])], linears) for s in SERVERS}
 
 
 def _verdict(server: str, whole: Sequence[str], linears: Sequence[PackedLinear]) -> Verdict:
@@ -220,6 +223,14 @@ def _about_parts(
         elif None not in kinds and kinds != {None if as_one is None else _kind(as_one)}:
             found.append(f"`dynamic` means {parts[0]}, but does not match {fused}, as it is called")
     return found[:1]
+
+
+def _about_dense(headers: Mapping[str, Header], settings: BaseQuantizeConfig) -> list[str]:
+    """Give what SGLang, which does not look at the tensors' names, has to be told."""
+    names = (name.rpartition(".")[0] for name in headers if name.endswith(".weight"))
+    inside = [name for name in names if name.rpartition(".")[2] in _IN_BLOCKS]
+    untold = [name for name in inside if settings.settings_for(name) is not None]
+    return [f"dense, but `dynamic` does not leave out {some(untold, most=1)}"] if untold else []
 
 
 def _fused_name(name: str) -> str | None:

@@ -26,7 +26,7 @@ GOOD = {"bits": 4, "group_size": 128, "static_groups": True}
 BOTH = ("vLLM", "SGLang")
 
 
-def _saved(folder: Path, **settings: Any) -> Path:
+def saved(folder: Path, **settings: Any) -> Path:
     config = BaseQuantizeConfig(**GOOD | {"model_file_base_name": "model"} | settings)
     wrapper = BaseGPTQForCausalLM(tiny_model(num_hidden_layers=2, **WIDE), False, config)
     wrapper.quantize(tiny_examples())
@@ -60,6 +60,8 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         dict.fromkeys(BOTH, "does not match model.layers.0.mlp.gate_up_proj"),
     ),
 }
+# What their own code answered, by tests/integrations/test_servers.py, which asks it again.
+RECORDED = json.loads((Path(__file__).parent / "servers.json").read_text())
 
 
 @pytest.mark.parametrize(("settings", "refusals"), SETTINGS.values(), ids=SETTINGS)
@@ -68,10 +70,15 @@ def test_the_settings_decide(
     refusals: dict[str, str],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
+    request: pytest.FixtureRequest,
 ) -> None:
     caplog.set_level(logging.WARNING, "auto_gptq.modeling.save")
-    verdicts = check_servable(_saved(tmp_path, **settings))
+    verdicts = check_servable(saved(tmp_path, **settings))
     assert {server for server, verdict in verdicts.items() if not verdict} == set(refusals)
+    theirs = RECORDED[request.node.callspec.id.replace(" ", "_")]
+    for server, verdict in verdicts.items():
+        named = {kernel.partition(" ")[0] for kernel in verdict.kernels}
+        assert named == set(theirs[server].get("kernels", ()))
     for server, reason in refusals.items():
         assert reason in str(verdicts[server])
         assert not verdicts[server].kernels
@@ -81,10 +88,10 @@ def test_the_settings_decide(
 
 
 def test_the_kernel_is_named(tmp_path: Path) -> None:
-    verdicts = check_servable(_saved(tmp_path))
+    verdicts = check_servable(saved(tmp_path))
     assert verdicts["vLLM"].kernels == ("Machete on Hopper, Marlin elsewhere",)
     assert str(verdicts["SGLang"]) == "SGLang runs it with Marlin"
-    narrow = _saved(tmp_path / "narrow", group_size=32)
+    narrow = saved(tmp_path / "narrow", group_size=32)
     assert check_servable(narrow)["vLLM"].kernels == ("Marlin",)
 
 
@@ -131,7 +138,7 @@ FILES: dict[str, tuple[Change, str]] = {
 
 @pytest.mark.parametrize(("change", "reason"), FILES.values(), ids=FILES)
 def test_the_tensors_decide_as_well(change: Change, reason: str, tmp_path: Path) -> None:
-    folder = _saved(tmp_path)
+    folder = saved(tmp_path)
     tensors, config = (
         load_file(folder / "model.safetensors"),
         json.loads((folder / "config.json").read_text()),
@@ -154,6 +161,16 @@ def test_sglang_wants_whole_tiles_and_vllm_pads(tmp_path: Path) -> None:
     assert "96 inputs and 64 outputs; they must be multiples of 128 and 64" in str(
         verdicts["SGLang"]
     )
+
+
+def test_sglang_has_to_be_told_what_is_dense(tmp_path: Path) -> None:
+    folder = saved(tmp_path, **SETTINGS["whole blocks dense"][0])
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]["dynamic"]
+    (folder / "config.json").write_text(json.dumps(config))
+    verdicts = check_servable(folder)
+    assert verdicts["vLLM"]
+    assert "dense, but `dynamic` does not leave out model.layers.0." in str(verdicts["SGLang"])
 
 
 def test_a_pickled_checkpoint_under_a_name_of_its_own_is_judged_too(tmp_path: Path) -> None:
