@@ -279,8 +279,10 @@ struct SmallKernel {
   // Copy all of x that this warp needs.
   __device__ __forceinline__ void copy_x(uint32_t to) const {
     const int pieces = (last - first) * (kXBytes / 16);
+#pragma unroll 1
     for (int row = 0; row < p.m; ++row, to += p.x_pitch) {
       const T* x = static_cast<const T*>(p.x) + static_cast<int64_t>(row) * p.k;
+#pragma unroll 1
       for (int i = lane; i < pieces; i += 32) {
         const int place = first * (kTiles * kSide) + 8 * i;
         copy_or_clear(to + 16 * i, x + place, place < p.k);
@@ -288,35 +290,51 @@ struct SmallKernel {
     }
   }
 
-  // The same in the order of the tiles: all of x is brought to the block first, because gathering
-  // from global memory, 2 bytes at a time, would be slow.
-  __device__ __forceinline__ void sort_x(char* to, uint4* all) const {
+  // The part of perm that a lane needs first, in fours of places 128 apart.
+  static constexpr int kOrders = 4;
+  struct Order {
+    int4 from[kOrders];
+  };
+
+  __device__ __forceinline__ Order read_perm(int place) const {
+    Order order;
+#pragma unroll
+    for (int j = 0; j < kOrders; ++j, place += 128) {
+      const bool exists = place < min(last * (kTiles * kSide), p.k);
+      order.from[j] = exists ? *reinterpret_cast<const int4*>(p.perm + place) : int4{};
+    }
+    return order;
+  }
+
+  // Bring x into the order of the tiles: all of it comes to the block first, because gathering from
+  // global memory, 2 bytes at a time, would be slow.
+  __device__ __forceinline__ void sort_x(Order order, char* to, uint4* all) const {
     const int pieces = p.m * p.k / 8;
     for (int i = threadIdx.x; i < pieces; i += blockDim.x) {
       all[i] = reinterpret_cast<const uint4*>(p.x)[i];
     }
     __syncthreads();
     const int begin = first * (kTiles * kSide), end = last * (kTiles * kSide);
-    for (int place = begin + 4 * lane; place < end; place += 128) {
-      const bool exists = place < p.k;
-      const int4 from = exists ? *reinterpret_cast<const int4*>(p.perm + place) : int4{};
-      for (int row = 0; row < p.m; ++row) {
-        const uint16_t* x = reinterpret_cast<const uint16_t*>(all) + row * p.k;
-        uint2 v{};
-        if (exists) {
-          v.x = x[from.x] | static_cast<uint32_t>(x[from.y]) << 16;
-          v.y = x[from.z] | static_cast<uint32_t>(x[from.w]) << 16;
-        }
-        *reinterpret_cast<uint2*>(to + row * p.x_pitch + 2 * (place - begin)) = v;
+#pragma unroll 1
+    for (int place = begin + 4 * lane; place < end; place += 128 * kOrders) {
+      if (place >= begin + 128 * kOrders) {
+        order = read_perm(place);
       }
-    }
-  }
-
-  // Ask for the part of perm that this warp will need.
-  __device__ __forceinline__ void fetch_perm() const {
-    const int end = min(last * (kTiles * kSide), p.k);
-    for (int place = first * (kTiles * kSide) + 32 * lane; place < end; place += 1024) {
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(p.perm + place));
+#pragma unroll
+      for (int j = 0; j < kOrders; ++j) {
+        const int at = place + 128 * j;
+        const int4 from = order.from[j];
+#pragma unroll 1
+        for (int row = 0; row < p.m && at < end; ++row) {
+          const uint16_t* x = reinterpret_cast<const uint16_t*>(all) + row * p.k;
+          uint2 v{};
+          if (at < p.k) {
+            v.x = x[from.x] | static_cast<uint32_t>(x[from.y]) << 16;
+            v.y = x[from.z] | static_cast<uint32_t>(x[from.w]) << 16;
+          }
+          *reinterpret_cast<uint2*>(to + row * p.x_pitch + 2 * (at - begin)) = v;
+        }
+      }
     }
   }
 
@@ -326,7 +344,7 @@ struct SmallKernel {
     const int place = unit * (kTiles * kSide) + lane % kPieces * 8;
     const T* x = static_cast<const T*>(p.x) + place;
     to += kWeightBytes + lane % kPieces * 16;
-#pragma unroll
+#pragma unroll 1
     for (int j = 0; j < 8 * NT / kRows; ++j) {
       const int row = lane / kPieces + j * kRows;
       if (row < p.m) {
@@ -480,6 +498,7 @@ struct SmallKernel {
     const uint64_t policy = evict_first();
     Source next = source(first < last ? blockIdx.x : p.blocks);
     const uint32_t begin = shared_address(ring);
+#pragma unroll 1
     for (int i = 0; i < STAGES; ++i) {
       if (next.block < p.blocks) {
         copy_weight(next, begin + i * bytes, policy);
@@ -488,14 +507,16 @@ struct SmallKernel {
     }
     float bias = read_bias(blockIdx.x);
     char* const x = ring + STAGES * bytes;
+    Order order{};
     if (p.perm) {
-      fetch_perm();
+      order = read_perm(first * (kTiles * kSide) + 4 * lane);
     }
     wait_for_previous_kernel();
     if (p.perm) {
-      sort_x(x, reinterpret_cast<uint4*>(ring + (warps - warp) * p.warp_bytes));
+      sort_x(order, x, reinterpret_cast<uint4*>(ring + (warps - warp) * p.warp_bytes));
       wait_for_groups<0>();
     } else if (p.streams_x) {
+#pragma unroll 1
       for (int i = 0, unit = first; i < STAGES; ++i) {
         if (first < last) {
           copy_x(unit, begin + i * bytes);
@@ -564,8 +585,10 @@ struct SmallKernel {
 
   __device__ __forceinline__ void write(int block, const float* part, float bias) const {
     const int r = threadIdx.x % kOutputs, n = block * kOutputs + r;
+#pragma unroll 1
     for (int m = threadIdx.x / kOutputs; m < p.m; m += blockDim.x / kOutputs) {
       float value = bias;
+#pragma unroll 8
       for (int w = 0; w < warps; ++w) {
         value += part[(w * p.m + m) * kSumPitch + r];
       }
