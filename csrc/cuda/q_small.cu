@@ -37,10 +37,12 @@ constexpr SmallConfig kManyRows{2, 8}, kEightBits{1, 8}, kFewBytes{2, 16};
 
 SmallConfig choose(const Product& product) {
   const Tiled& weight = product.weight;
-  if (product.m > 8) {
+  // x of many rows takes the room of codes: two blocks of a processor are then worth more.
+  const bool is_small = weight.n > 2048 && weight.n <= 4096 && weight.k <= 4096;
+  if (product.m > 8 || (product.m > 4 && is_small)) {
     return kManyRows;
   }
-  if (weight.run != 64 || (weight.bits < 4 && weight.n > 2048 && weight.n <= 8192)) {
+  if (weight.run != 64 || (weight.bits < 4 && weight.n > 2048 && weight.n <= 4096)) {
     return kFewBytes;
   }
   if (weight.bits == 8) {
