@@ -52,14 +52,16 @@ def test_the_product_is_as_good_as_the_plain_one(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    k, n = (288, 96) if device.type == "cpu" else (864, 416)
-    settings = bits, group_size, k, n
-    _, tiled = random_weight(*settings, device, symmetric=symmetric, act_order=act_order)
-    weight = exact_weight(tiled, settings)
-    bias = torch.randn(n, device=device).to(dtype)
-    for m in (1, 3) if device.type == "cpu" else (1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 17, 33, 300):
-        x = torch.randn(m, k, device=device).to(dtype)
-        assert_as_good_as_plain(multiply(x, tiled, settings, bias), x, weight, bias)
+    on_cpu = device.type == "cpu"
+    # K is no multiple of a tile, and one of pairs of tiles.
+    for k, n in [(288, 96)] if on_cpu else [(864, 416), (1024, 448)]:
+        settings = bits, group_size, k, n
+        _, tiled = random_weight(*settings, device, symmetric=symmetric, act_order=act_order)
+        weight = exact_weight(tiled, settings)
+        bias = torch.randn(n, device=device).to(dtype)
+        for m in (1, 3) if on_cpu else (1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 17, 33, 300):
+            x = torch.randn(m, k, device=device).to(dtype)
+            assert_as_good_as_plain(multiply(x, tiled, settings, bias), x, weight, bias)
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -124,6 +126,19 @@ def test_unequal_devices_and_shapes_are_refused_by_name(device: torch.device) ->
         multiply(torch.zeros(2, 96), tiled, settings)
     with pytest.raises(RuntimeError, match=r"scales is \[3, 64\], but must be .* = \[2, 64\]"):
         multiply(torch.zeros(2, 96, device=device), tiled, (4, 48, 96, 64))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 6, 16])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(
+    ("k", "n"), [(2048, 1024), (4096, 4096), (14336, 4096), (1024, 8192), (1024, 14336)]
+)
+def test_every_row_of_the_table_of_shapes(k: int, n: int, bits: int, m: int) -> None:
+    device, settings = torch.device("cuda"), (bits, 128, k, n)
+    _, tiled = random_weight(*settings, device)
+    x = torch.randn(m, k, device=device).half()
+    assert_as_good_as_plain(multiply(x, tiled, settings), x, exact_weight(tiled, settings))
 
 
 @pytest.mark.gpu
