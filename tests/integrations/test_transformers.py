@@ -211,6 +211,18 @@ def test_generate_writes_what_the_dequantized_model_writes(
     assert torch.equal(model.generate(ids, cache_implementation=cache, **options), wanted)
 
 
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_generate_compiles_a_model_on_a_gpu(checkpoint: Callable[[str], Path]) -> None:
+    """With a static cache transformers compiles what says that it can be compiled."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"), device_map="cuda")
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    wanted = model.generate(IDS.cuda(), **options)
+    found = model.generate(IDS.cuda(), cache_implementation="static", **options)
+    assert hasattr(model, "_compiled_call")
+    assert torch.equal(found, wanted)
+
+
 def test_dequantize_leaves_a_plain_model_that_can_be_saved(
     checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
