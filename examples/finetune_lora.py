@@ -80,7 +80,8 @@ def main() -> None:
     arguments.add_argument("--tiny", action="store_true", help="a random model of two blocks")
     options = arguments.parse_args()
     torch.manual_seed(0)
-    full, packed, adapter = (options.folder / name for name in ("full", "packed", "adapter"))
+    folder = options.folder / ("tiny" if options.tiny else "smollm2")
+    full, packed, adapter = (folder / name for name in ("full", "packed", "adapter"))
     rows = full_model(full, options.tiny)
     held_out, calibration, rest = rows[:8], rows[8:40], rows[40:]
     quantize(full, packed, calibration)

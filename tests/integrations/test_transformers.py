@@ -241,12 +241,13 @@ def test_the_device_map_auto_and_a_users_config_are_taken(
     checkpoint: Callable[[str], Path],
 ) -> None:
     folder = checkpoint("llama")
-    wanted = AutoModelForCausalLM.from_pretrained(folder)(IDS).logits
     model = AutoModelForCausalLM.from_pretrained(folder, device_map="auto")
-    assert torch.equal(model(IDS.to(model.device)).logits.cpu(), wanted)
+    ids = IDS.to(model.device)
+    wanted = AutoModelForCausalLM.from_pretrained(folder).to(model.device)(ids).logits
+    assert torch.equal(model(ids).logits, wanted)
     with pytest.warns(UserWarning, match="already has a `quantization_config`"):
         model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=GPTQConfig(bits=4))
-    assert torch.equal(model(IDS).logits, wanted)
+    assert torch.equal(model.to(ids.device)(ids).logits, wanted)
 
 
 TEXTS = ["The quick brown fox jumps over the lazy dog. " * 3, "What is measured is managed. " * 4]
