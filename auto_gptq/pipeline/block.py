@@ -18,6 +18,7 @@ from ..nn_modules.qlinear.linear import dense_weight
 from ..quantization.hessian import Hessian
 from ..quantization.precision import tensor_cores
 from ..quantization.solver import Solution, SolverOptions, round_to_nearest, solve
+from .originals import Originals
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,13 @@ class Feed:
     hidden: list[Tensor]  # [B, T, hidden size]
     calls: list[BlockCall]
     keep: list[Tensor | None]  # [B, T] bool, False where padded
+    # What enters the block in the full-precision model, for the first batches only.
+    exact: list[Tensor] = field(default_factory=list)
+
+    def of_exact(self) -> Feed:
+        """Give the batches whose full-precision hidden states are kept, with these."""
+        count = len(self.exact)
+        return Feed(self.exact, self.calls[:count], self.keep[:count])
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,7 @@ def solve_step(
     linears: Mapping[str, nn.Module],
     feed: Feed,
     options: Mapping[str, SolverOptions],  # by the names of the linears
+    originals: Originals | None = None,  # of the whole block, if the feed has exact states
 ) -> Iterator[Solved]:
     """Solve the linears of one step, and leave their dequantized weights in the block.
 
@@ -55,8 +64,11 @@ def solve_step(
     """
     collector = _Collector(linears)
     with collector.hooked():
-        for hidden, call, keep in zip(feed.hidden, feed.calls, feed.keep, strict=True):
-            collector.keep = keep
+        for i, (hidden, call) in enumerate(zip(feed.hidden, feed.calls, strict=True)):
+            collector.keep = feed.keep[i]
+            if originals is not None and i < len(feed.exact):
+                with originals.in_place():
+                    collector.note_exact(block, feed.exact[i], call)
             collector.run(block, hidden, call)
     for sharing in collector.sharing:
         together = {name: linears[name] for name in sharing.names}
@@ -118,7 +130,10 @@ def _solve_stacked(
     weights = {name: dense_weight(linear).float() for name, linear in linears.items()}
     tall = torch.cat(list(weights.values()))
     try:
-        solved = (solve if hessian.tokens else round_to_nearest)(tall, mean, options)
+        if hessian.tokens:
+            solved = solve(tall, mean, options, hessian.drift())
+        else:
+            solved = round_to_nearest(tall, mean, options)
     except NumericsError as error:
         raise NumericsError(f"{', '.join(linears)}: {error}") from error
     with tensor_cores():
@@ -159,6 +174,9 @@ class _Collector:
     _inputs: dict[str, Tensor] = field(default_factory=dict)  # of the first batch, by first name
     _waiting: set[str] = field(default_factory=set)
     _is_first: bool = True
+    _exact: dict[str, Tensor] = field(default_factory=dict)  # the next batch's, by name
+    _is_exact: bool = False
+    _tokens: int = 0  # of the batch
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -172,20 +190,27 @@ class _Collector:
             for handle in handles:
                 handle.remove()
 
+    def note_exact(self, block: nn.Module, hidden: Tensor, call: BlockCall) -> None:
+        """Note the inputs of the linears in a pass of the full-precision block."""
+        self._is_exact, self._waiting = True, set(self.seen)
+        with suppress(_AllSeen):
+            run_block(block, hidden, call)
+        self._is_exact = False
+
     def run(self, block: nn.Module, hidden: Tensor, call: BlockCall) -> None:
-        self._waiting = set(self.seen)
+        self._waiting, self._tokens = set(self.seen), hidden.shape[:-1].numel()
         with suppress(_AllSeen):
             run_block(block, hidden, call)
         self._is_first = False
         self._inputs.clear()
+        self._exact.clear()
 
     def _hook(self, name: str) -> Any:
         def note(_linear: nn.Module, args: Sequence[Tensor]) -> None:
-            if self._is_first:
-                self._assign(name, args[0])
-            for sharing in self.sharing:
-                if sharing.names[0] == name:
-                    sharing.hessian.add(args[0], kept_tokens(self.keep, args[0]))
+            if self._is_exact:
+                self._exact[name] = args[0]
+            else:
+                self._add(name, args[0])
             self._waiting.discard(name)
             # The rest of the block's forward is wanted by nobody.  In the first pass it is not
             # known yet which linears will run.
@@ -193,6 +218,14 @@ class _Collector:
                 raise _AllSeen
 
         return note
+
+    def _add(self, name: str, x: Tensor) -> None:
+        if self._is_first:
+            self._assign(name, x)
+        for sharing in self.sharing:
+            if sharing.names[0] == name:
+                exact = same_tokens(self._exact.get(name), x, self._tokens)
+                sharing.hessian.add(x, kept_tokens(self.keep, x), exact)
 
     def _assign(self, name: str, x: Tensor) -> None:
         """Find the linears that read the very same tensor; their inputs are kept alive for that."""
@@ -206,6 +239,16 @@ class _Collector:
                 return
         self._inputs[name] = x
         self.sharing.append(_Sharing([name], Hessian(x.shape[-1], x.device)))
+
+
+def same_tokens(exact: Tensor | None, x: Tensor, tokens: int) -> Tensor | None:
+    """Give the full-precision input if it is of the same tokens as ``x``: of all in the batch.
+
+    An expert is given a choice of tokens, which the two models make differently.
+    """
+    if exact is None or exact.shape != x.shape or x.shape[:-1].numel() != tokens:
+        return None
+    return exact
 
 
 def kept_tokens(keep: Tensor | None, x: Tensor) -> Tensor | None:

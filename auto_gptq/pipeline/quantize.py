@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..architectures import Architecture
 from ..calibration.capture import BlockCall, Captured, capture, capture_head
@@ -20,6 +20,7 @@ from ..quantization.solver import SolverOptions
 from .block import Feed, Solved, propagate, solve_step
 from .journal import Journal, describe_job, restore
 from .one_pass import fits_one_pass, reading_groups, solve_in_one_pass
+from .originals import Originals
 from .placement import execution_device, execution_dtype, placed
 from .plan import Plan, make_plan, solver_options
 from .progress import Progress
@@ -27,6 +28,9 @@ from .report import ModuleReport
 
 # Tokens that run through a block at a time: enough to keep the device busy.
 _TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 32768}
+# Tokens that also run through the full-precision blocks, to see how far the quantized model drifts:
+# enough for a regression, and little time beside the Hessians of a usual calibration.
+_EXACT_TOKENS = 65536
 
 
 @torch.no_grad()
@@ -56,12 +60,14 @@ def quantize_model(
     report: list[ModuleReport] = []
     with (
         Progress(len(plan.settings), show_progress) as progress,
-        ThreadPoolExecutor(len(batches), thread_name_prefix="auto_gptq-pass") as threads,
+        ThreadPoolExecutor(2 * len(batches), thread_name_prefix="auto_gptq-pass") as threads,
     ):
-        run = _Run(threads, {})
+        run = _Run(threads, {}, _first(captured.hidden, _EXACT_TOKENS) if plan.corrects() else [])
         for i, block in enumerate(plan.blocks):
             name = f"{plan.prefix}.{i}"
             feed = _feed(captured, i, device, dtype)
+            run.exact[:] = [x.to(device, dtype) for x in run.exact]
+            feed.exact = run.exact
             stored = journal.read(i, device) if journal else None
             done: list[Solved] = []
             with placed(block, device, dtype):
@@ -112,6 +118,9 @@ class _Run:
     threads: ThreadPoolExecutor
     # Which linears read one tensor, by class of block and names of linears.
     readings: dict[tuple[type[nn.Module], tuple[str, ...]], list[list[str]]]
+    # The full-precision model's hidden states before the block, of the first batches; replaced by
+    # those after it.  Empty if nothing is corrected towards them.
+    exact: list[Tensor]
 
     def solve(
         self,
@@ -123,11 +132,14 @@ class _Run:
     ) -> Iterator[Solved]:
         """Solve a block, and replace the hidden states by its outputs."""
         if stored is not None:
+            if feed.exact:
+                propagate(block, feed.of_exact())
             restore(block, stored)
             propagate(block, feed)
             yield from stored
             return
         linears = {name: block.get_submodule(name) for step in steps for name in step}
+        originals = Originals(linears) if feed.exact else None
         if len(steps) > 1 and fits_one_pass(linears, feed):
             kind = (type(block), tuple(linears))
             if kind not in self.readings:
@@ -135,12 +147,23 @@ class _Run:
                 self.readings[kind] = reading_groups(block, linears, *first)
             groups = self.readings[kind]
             if sum(map(len, groups)) == len(linears):  # all were reached, and none twice
-                yield from solve_in_one_pass(block, linears, groups, feed, options, self.threads)
+                yield from solve_in_one_pass(
+                    block, linears, groups, feed, options, self.threads, originals
+                )
                 return
         for step in steps:
             of_step = {name: linears[name] for name in step}
-            yield from solve_step(block, of_step, feed, options)
+            yield from solve_step(block, of_step, feed, options, originals)
         propagate(block, feed)
+        if originals is not None:
+            with originals.in_place():
+                propagate(block, feed.of_exact())
+
+
+def _first(hidden: Sequence[Tensor], tokens: int) -> list[Tensor]:
+    """Give the batches that hold so many tokens, one at least."""
+    lengths = [x.shape[:-1].numel() for x in hidden]
+    return [x for i, x in enumerate(hidden) if i == 0 or sum(lengths[: i + 1]) <= tokens]
 
 
 def _capture(
