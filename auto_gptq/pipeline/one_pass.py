@@ -29,10 +29,9 @@ from .block import (
     check_finite,
     kept_tokens,
     run_block,
-    same_tokens,
     solve_together,
 )
-from .originals import Originals
+from .exact import Exact, gap_before, same_tokens
 
 # Activations alive in a stopped pass, in units of the widest input and twice the hidden size:
 # the residual, the linear's input, and what the model keeps beside them.
@@ -81,7 +80,7 @@ def solve_in_one_pass(
     feed: Feed,
     options: Mapping[str, SolverOptions],  # by the names of the linears
     threads: ThreadPoolExecutor,
-    originals: Originals | None = None,  # if the feed has exact states
+    exact: Exact | None = None,  # if the feed has exact states
 ) -> Iterator[Solved]:
     """Solve all linears of a block and replace the hidden states by the quantized block's outputs.
 
@@ -93,38 +92,38 @@ def solve_in_one_pass(
     stops = {group[0]: (linears[group[0]], _stop_before(group[0])) for group in groups}
     for group in groups:  # blocks of one class are taken to read alike; here that is checked
         stops |= {name: (linears[name], _read_as(group[0], name)) for name in group[1:]}
-    exact_feed = feed.of_exact() if originals is not None else Feed([], [], [])
+    exact = exact or Exact(block, {}, [])
     with (
         _hooked(stops),
+        exact.watched(_written),
         _forwards(block, feed, threads) as forwards,
-        _forwards(block, exact_feed, threads) as exacts,
+        _forwards(block, feed.of_exact(), threads) as exacts,
     ):
-        _all_go_on(forwards, exacts, originals)
+        _all_go_on(forwards, exacts, exact)
         for group in groups:
             waiting = [forward for forward in forwards if forward.waits_before == group[0]]
-            hessian = _sum_up(forwards, exacts, group[0])
+            hessian = _sum_up(forwards, exacts, group[0], group[0] in exact.writers)
             together = {name: linears[name] for name in group}
             yield from solve_together(together, hessian, options)
             also = [forward for forward in exacts if forward.waits_before == group[0]]
-            _all_go_on(waiting, also, originals)
+            _all_go_on(waiting, also, exact)
         feed.hidden[:] = [forward.result() for forward in forwards]
         feed.exact[:] = [forward.result() for forward in exacts]
     check_finite(feed)
 
 
-def _all_go_on(
-    forwards: Sequence[_Forward], exacts: Sequence[_Forward], originals: Originals | None
-) -> None:
+def _all_go_on(forwards: Sequence[_Forward], exacts: Sequence[_Forward], exact: Exact) -> None:
     """Let passes run to their next stops, the exact ones with the full-precision weights."""
     for forward in forwards:
         forward.go_on()
-    if originals is not None:
-        with originals.in_place():
-            for forward in exacts:
-                forward.go_on()
+    with exact.in_place():
+        for forward in exacts:
+            forward.go_on()
 
 
-def _sum_up(forwards: Sequence[_Forward], exacts: Sequence[_Forward], name: str) -> Hessian:
+def _sum_up(
+    forwards: Sequence[_Forward], exacts: Sequence[_Forward], name: str, writes: bool
+) -> Hessian:
     """Make the Hessian of the inputs that the passes hold before a linear."""
     hessian: Hessian | None = None
     for i, forward in enumerate(forwards):
@@ -132,8 +131,12 @@ def _sum_up(forwards: Sequence[_Forward], exacts: Sequence[_Forward], name: str)
         if forward.waits_before != name or x is None:
             continue
         hessian = hessian or Hessian(x.shape[-1], x.device)
-        exact = exacts[i].input if i < len(exacts) and exacts[i].waits_before == name else None
-        hessian.add(x, kept_tokens(forward.keep, x), same_tokens(exact, x, forward.tokens))
+        exact = gap = None
+        if i < len(exacts) and exacts[i].waits_before == name:
+            exact = same_tokens(exacts[i].input, x, forward.tokens)
+        if exact is not None and writes:
+            gap = gap_before(exacts[i].residual, forward.residual, x)
+        hessian.add(x, kept_tokens(forward.keep, x), exact, gap)
     assert hessian is not None
     return hessian
 
@@ -150,6 +153,7 @@ class _Forward:
     def __init__(self, block: nn.Module, hidden: Tensor, call: BlockCall, keep: Tensor | None):
         self.keep = keep
         self.tokens = hidden.shape[:-1].numel()
+        self.residual = hidden  # as far as the pass has come
         self.waits_before: str | None = None
         self.input: Tensor | None = None  # of the linear it waits before
         self.read: dict[str, int] = {}  # where the input of each stop lay
@@ -175,6 +179,10 @@ class _Forward:
             self._finished = True
             self.waits_before = self.input = None
             self._has_stopped.release()
+
+    def written(self, output: Tensor) -> None:
+        """Follow the residual stream."""
+        self.residual = self.residual + output.reshape_as(self.residual)
 
     def stop_before(self, name: str, x: Tensor) -> None:
         """Hand control back to the main thread until it says to go on."""
@@ -221,6 +229,10 @@ def _forwards(
         for forward in forwards:
             forward.abandon()
         wait([forward.future for forward in forwards])
+
+
+def _written(output: Tensor) -> None:
+    _Forward.running.forward.written(output)
 
 
 def _stop_before(name: str) -> Any:

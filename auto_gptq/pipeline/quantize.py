@@ -14,13 +14,13 @@ from ..architectures import Architecture
 from ..calibration.capture import BlockCall, Captured, capture, capture_head
 from ..calibration.examples import Batch, merge_batches
 from ..errors import NumericsError
-from ..nn_modules.surgery import quantized_from, replace, untie
+from ..nn_modules.surgery import find_linears, quantized_from, replace, untie
 from ..quantization.config import BaseQuantizeConfig
 from ..quantization.solver import SolverOptions
 from .block import Feed, Solved, propagate, solve_step
+from .exact import Exact, find_writers
 from .journal import Journal, describe_job, restore
 from .one_pass import fits_one_pass, reading_groups, solve_in_one_pass
-from .originals import Originals
 from .placement import execution_device, execution_dtype, placed
 from .plan import Plan, make_plan, solver_options
 from .progress import Progress
@@ -62,7 +62,9 @@ def quantize_model(
         Progress(len(plan.settings), show_progress) as progress,
         ThreadPoolExecutor(2 * len(batches), thread_name_prefix="auto_gptq-pass") as threads,
     ):
-        run = _Run(threads, {}, _first(captured.hidden, _EXACT_TOKENS) if plan.corrects() else [])
+        run = _Run(
+            threads, {}, {}, _first(captured.hidden, _EXACT_TOKENS) if plan.corrects() else []
+        )
         for i, block in enumerate(plan.blocks):
             name = f"{plan.prefix}.{i}"
             feed = _feed(captured, i, device, dtype)
@@ -118,6 +120,7 @@ class _Run:
     threads: ThreadPoolExecutor
     # Which linears read one tensor, by class of block and names of linears.
     readings: dict[tuple[type[nn.Module], tuple[str, ...]], list[list[str]]]
+    writers: dict[tuple[type[nn.Module], tuple[str, ...]], list[str]]  # to the residual stream
     # The full-precision model's hidden states before the block, of the first batches; replaced by
     # those after it.  Empty if nothing is corrected towards them.
     exact: list[Tensor]
@@ -139,7 +142,7 @@ class _Run:
             yield from stored
             return
         linears = {name: block.get_submodule(name) for step in steps for name in step}
-        originals = Originals(linears) if feed.exact else None
+        exact = self._exact(block, linears, feed) if feed.exact else None
         if len(steps) > 1 and fits_one_pass(linears, feed):
             kind = (type(block), tuple(linears))
             if kind not in self.readings:
@@ -148,16 +151,23 @@ class _Run:
             groups = self.readings[kind]
             if sum(map(len, groups)) == len(linears):  # all were reached, and none twice
                 yield from solve_in_one_pass(
-                    block, linears, groups, feed, options, self.threads, originals
+                    block, linears, groups, feed, options, self.threads, exact
                 )
                 return
         for step in steps:
             of_step = {name: linears[name] for name in step}
-            yield from solve_step(block, of_step, feed, options, originals)
+            yield from solve_step(block, of_step, feed, options, exact)
         propagate(block, feed)
-        if originals is not None:
-            with originals.in_place():
+        if exact is not None:
+            with exact.in_place():
                 propagate(block, feed.of_exact())
+
+    def _exact(self, block: nn.Module, linears: Mapping[str, nn.Module], feed: Feed) -> Exact:
+        everyone = find_linears(block)
+        kind = (type(block), tuple(everyone))
+        if kind not in self.writers:
+            self.writers[kind] = find_writers(block, everyone, feed.exact[0], feed.calls[0])
+        return Exact(block, linears, self.writers[kind])
 
 
 def _first(hidden: Sequence[Tensor], tokens: int) -> list[Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 from .. import hub
 from ..errors import ConfigError, MissingFileError
 from .dynamic import check_patterns, find_override, known_settings_only
+from .presets import PRESETS
 
 logger = logging.getLogger(__name__)
 
@@ -150,6 +151,19 @@ class BaseQuantizeConfig:
                 f"checkpoint_format {self.checkpoint_format!r} does not go with quant_method "
                 f"{self.quant_method!r}; possible: {sorted(formats)}."
             )
+
+    @classmethod
+    def preset(
+        cls, name: str = "default", bits: int = 4, group_size: int = 128, **changes: Any
+    ) -> BaseQuantizeConfig:
+        """Give the settings that go by a name: "compatible", "default" or "best".
+
+        :param changes: settings that differ from the preset's
+        :raises ConfigError: (a ValueError) if there is no such preset
+        """
+        if name not in PRESETS:
+            raise ConfigError(f"There is no preset {name!r}; there are {', '.join(PRESETS)}.")
+        return cls(bits, group_size, **PRESETS[name].settings | changes)
 
     def settings_for(self, name: str) -> BaseQuantizeConfig | None:
         """Give the settings of one module by its full name; None if it stays dense."""

@@ -34,7 +34,7 @@ class SolverOptions:
     act_order: bool = False
     static_groups: bool = False
     scale_search: bool = True  # fit ranges to the error they cause instead of min-max
-    correction: float = 0.0  # share of the drift from the full-precision model to make up for
+    correction: float = 0.0  # share of the pull that is followed
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,12 @@ def solve(
     weight: Tensor,  # [N, K] any float dtype
     hessian: Tensor,  # [K, K] fp32
     options: SolverOptions,
-    drift: Tensor | None = None,  # [K, K] fp32, see Hessian.drift
+    pull: Tensor | None = None,  # [N, K] fp32, see Hessian.pull
 ) -> Solution:
     """Quantize one layer.
 
-    With a drift the target is not the weight itself but what gives the full-precision model's
-    outputs on the inputs of the quantized one; ``loss`` then is the distance from that.
+    With a pull the target is not the weight itself but what brings the outputs nearer to what is
+    wanted of them; ``loss`` then is the distance from that.
 
     :raises NumericsError: if the weight or the Hessian holds NaN or infinity
     """
@@ -87,8 +87,8 @@ def solve(
         raise NumericsError("The weight holds NaN or infinity; the checkpoint is damaged.")
     order = _processing_order(hessian, options.act_order)
     factor = factorize(hessian[order][:, order], options.damp_percent)
-    if drift is not None and options.correction:
-        target = target + options.correction * _shift(target, drift, order, factor.inverse)
+    if pull is not None and options.correction:
+        target = target + options.correction * _shift(pull, order, factor.inverse)
 
     group = trivial_g_idx(columns, options.group_size, weight.device)
     sweep = _Sweep(target.t()[order].contiguous(), factor.inverse, rule)
@@ -159,18 +159,17 @@ def _processing_order(hessian: Tensor, act_order: bool) -> Tensor:
 
 
 def _shift(
-    weight: Tensor,  # [N, K]
-    drift: Tensor,  # [K, K]
+    pull: Tensor,  # [N, K]
     order: Tensor,  # [K]
     inverse: Tensor,  # [K, K] the factor U in processing order
 ) -> Tensor:  # [N, K]
-    """Give how the weight must change to make up for its inputs' drift.
+    """Give the change of the weight that meets a pull.
 
-    ``‖W X' - Q X‖²`` over Q, X' the full-precision model's inputs, is ``(W* - Q) H (W* - Q)ᵀ`` plus
-    a constant, with ``W* = W + W C H⁻¹`` and ``C = (X' - X) Xᵀ``.  Here ``(H + damping)⁻¹ = Uᵀ U``.
+    With ``D = wanted - W X``, ``‖W X + D - Q X‖²`` is ``(W* - Q) H (W* - Q)ᵀ`` plus what does not
+    depend on Q, where ``W* = W + (D Xᵀ) H⁻¹``.  Here ``(H + damping)⁻¹ = Uᵀ U``.
     """
-    shift = torch.empty_like(weight)
-    shift[:, order] = (weight @ drift)[:, order] @ inverse.t() @ inverse
+    shift = torch.empty_like(pull)
+    shift[:, order] = pull[:, order] @ inverse.t() @ inverse
     return shift
 
 
