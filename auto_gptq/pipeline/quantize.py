@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,8 @@ from ..architectures import Architecture
 from ..calibration.capture import BlockCall, Captured, capture, capture_head
 from ..calibration.examples import Batch, merge_batches
 from ..errors import NumericsError
-from ..nn_modules.surgery import find_linears, quantized_from, replace, untie
+from ..nn_modules import surgery
+from ..nn_modules.surgery import find_linears, quantized_from, untie
 from ..quantization.config import BaseQuantizeConfig
 from ..quantization.solver import SolverOptions
 from .block import Feed, Solved, propagate, solve_step
@@ -25,9 +26,11 @@ from .placement import execution_device, execution_dtype, placed
 from .plan import Plan, make_plan, solver_options
 from .progress import Progress
 from .report import ModuleReport
+from .tuning import tune_block
 
 # Tokens that run through a block at a time: enough to keep the device busy.
 _TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 32768}
+_TUNED_AT_ONCE = 4096  # fewer: each batch is one step
 # Tokens that also run through the full-precision blocks, to see how far the quantized model drifts:
 # enough for a regression, and little time beside the Hessians of a usual calibration.
 _EXACT_TOKENS = 65536
@@ -54,7 +57,9 @@ def quantize_model(
     plan = make_plan(model, architecture, config)
     device = execution_device(model)
     dtype = execution_dtype(next(plan.blocks.parameters()).dtype, device)
-    batches = merge_batches(batches, _TOKENS_AT_ONCE.get(device.type, 2048))
+    at_once = _TOKENS_AT_ONCE.get(device.type, 2048)
+    at_once = min(at_once, _TUNED_AT_ONCE) if config.tuning_epochs else at_once
+    batches = merge_batches(batches, at_once)
     journal = work_dir and Journal.open(work_dir, describe_job(model, config, batches, dtype))
     captured = _capture(model, plan, batches, device, dtype)
     report: list[ModuleReport] = []
@@ -62,9 +67,8 @@ def quantize_model(
         Progress(len(plan.settings), show_progress) as progress,
         ThreadPoolExecutor(2 * len(batches), thread_name_prefix="auto_gptq-pass") as threads,
     ):
-        run = _Run(
-            threads, {}, {}, _first(captured.hidden, _EXACT_TOKENS) if plan.corrects() else []
-        )
+        exact = _first(captured.hidden, _EXACT_TOKENS) if plan.looks_at_exact() else []
+        run = _Run(threads, {}, {}, exact, config)
         for i, block in enumerate(plan.blocks):
             name = f"{plan.prefix}.{i}"
             feed = _feed(captured, i, device, dtype)
@@ -75,7 +79,7 @@ def quantize_model(
             with placed(block, device, dtype):
                 try:
                     options = plan.options(name, i)
-                    for solved in run.solve(block, plan.steps[i], feed, options, stored):
+                    for solved in run.finish(block, plan.steps[i], feed, options, stored):
                         done.append(solved)
                         report.append(_entry(name, i, solved))
                         progress.module_done(report[-1])
@@ -124,8 +128,9 @@ class _Run:
     # The full-precision model's hidden states before the block, of the first batches; replaced by
     # those after it.  Empty if nothing is corrected towards them.
     exact: list[Tensor]
+    config: BaseQuantizeConfig
 
-    def solve(
+    def finish(
         self,
         block: nn.Module,
         steps: list[list[str]],
@@ -133,14 +138,32 @@ class _Run:
         options: Mapping[str, SolverOptions],  # by the names of the linears
         stored: Sequence[Solved] | None,  # by an earlier run
     ) -> Iterator[Solved]:
-        """Solve a block, and replace the hidden states by its outputs."""
+        """Find a block's integers, and replace the hidden states by its outputs."""
         if stored is not None:
             if feed.exact:
                 propagate(block, feed.of_exact())
             restore(block, stored)
             propagate(block, feed)
             yield from stored
-            return
+        elif self.config.tuning_epochs:
+            before = replace(feed, hidden=[*feed.hidden])
+            done = list(self.solve(block, steps, feed, options))
+            bits = {name: option.rule.bits for name, option in options.items()}
+            epochs = self.config.tuning_epochs
+            yield from tune_block(block, done, bits, before, feed.exact, epochs)
+            feed.hidden[:] = before.hidden
+            propagate(block, feed)
+        else:
+            yield from self.solve(block, steps, feed, options)
+
+    def solve(
+        self,
+        block: nn.Module,
+        steps: list[list[str]],
+        feed: Feed,
+        options: Mapping[str, SolverOptions],  # by the names of the linears
+    ) -> Iterator[Solved]:
+        """Solve a block, and replace the hidden states by its outputs."""
         linears = {name: block.get_submodule(name) for step in steps for name in step}
         exact = self._exact(block, linears, feed) if feed.exact else None
         if len(steps) > 1 and fits_one_pass(linears, feed):
@@ -211,7 +234,7 @@ def _pack(parent: nn.Module, parent_name: str, done: Sequence[Solved], plan: Pla
             settings.checkpoint_format,
         )
         packed.append((solved.name, layer.to(home)))
-    replace(parent, packed)
+    surgery.replace(parent, packed)
 
 
 def _joined(parent: str, name: str) -> str:

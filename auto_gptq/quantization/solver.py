@@ -22,6 +22,7 @@ from .precision import tensor_cores
 _LEAF = 128
 # Columns whose groups are fitted together (the block size of the paper's implementation).
 _BATCH = 128
+_NEARLY_HALF = 0.499
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class SolverOptions:
     act_order: bool = False
     static_groups: bool = False
     scale_search: bool = True  # fit ranges to the error they cause instead of min-max
+    keep_unrounded: bool = False  # give the codes before rounding, too
     correction: float = 0.0  # share of the pull that is followed
 
 
@@ -47,6 +49,7 @@ class Solution:
     g_idx: Tensor  # [K] int32
     loss: Tensor  # [N] fp32: each row of (W - Q) (H + damping) (W - Q)ᵀ, its diagonal element
     damp_percent: float  # the damping that was used
+    unrounded: Tensor | None = None  # [N, K] fp32: codes before rounding, if they were asked for
 
     def dequantize(self) -> Tensor:
         """Give the fp32 weight ``[N, K]`` that the integers stand for."""
@@ -62,6 +65,7 @@ class Solution:
             self.g_idx,
             self.loss[part],
             self.damp_percent,
+            None if self.unrounded is None else self.unrounded[part],
         )
 
 
@@ -90,6 +94,7 @@ def solve(
     if pull is not None and options.correction:
         target = target + options.correction * _shift(pull, order, factor.inverse)
 
+    back = torch.argsort(order)
     group = trivial_g_idx(columns, options.group_size, weight.device)
     sweep = _Sweep(target.t()[order].contiguous(), factor.inverse, rule)
     if options.scale_search:
@@ -97,7 +102,6 @@ def solve(
         # rounding error that nothing can make up for.
         sweep.importance = factor.inverse.diagonal().square().reciprocal()
     if options.static_groups or options.group_size in (-1, columns):
-        back = torch.argsort(order)
         importance = None if sweep.importance is None else sweep.importance[back]
         sweep.take(_fit_groups(target.t().contiguous(), options.group_size, rule, importance))
         sweep.group_at = group.to(torch.long)[order]
@@ -107,15 +111,14 @@ def solve(
         sweep.run_by_groups(columns, options.group_size)
         group = torch.empty_like(group).index_copy_(0, order, group)
 
-    codes = torch.empty_like(sweep.codes)
-    codes[order] = sweep.codes
     return Solution(
-        codes=codes.t().contiguous(),
+        codes=sweep.codes[back].t().contiguous(),
         scales=sweep.scales.t().contiguous(),
         zeros=sweep.zeros.t().to(torch.int32).contiguous(),
         g_idx=group,
         loss=sweep.errors.square().sum(0),
         damp_percent=factor.damp_percent,
+        unrounded=sweep.unrounded()[back].t().contiguous() if options.keep_unrounded else None,
     )
 
 
@@ -210,6 +213,11 @@ class _Sweep:
         self.group_at: Tensor  # [K] int64, the group of each position
         self.codes = torch.empty_like(weight, dtype=torch.uint8)
         self.errors = torch.empty_like(weight)  # divided by the factor's diagonal
+
+    def unrounded(self) -> Tensor:  # [K, N] in processing order
+        """Give what was rounded to codes, or the last number that is, where a code was cut off."""
+        wanted = self.weight / self.scales[self.group_at] + self.zeros[self.group_at]
+        return self.codes + (wanted - self.codes).clamp(-_NEARLY_HALF, _NEARLY_HALF)
 
     def take(self, grid: Grid) -> None:
         """Add the grids [G, N] of the next groups."""
