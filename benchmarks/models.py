@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from texts import source_code
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from auto_gptq.calibration.datasets import token_rows
+from auto_gptq.calibration.datasets import python_source, token_rows
 from auto_gptq.evaluation.smollm2 import unpack_smollm2
 
 
@@ -41,7 +40,7 @@ def trained(device: str, steps: int) -> tuple[Any, Any]:
         tie_word_embeddings=True,
     )
     model = LlamaForCausalLM(config).to(device)
-    rows = token_rows(source_code("*/*.py", 3_000_000), Bytes(), 256)
+    rows = token_rows(python_source("*/*.py", 3_000_000), Bytes(), 256)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for step in range(steps):

@@ -36,16 +36,22 @@ class Run:
     bits: int = 4
     changes: dict[str, Any] = field(default_factory=dict)
     text: str = "documentation"
+    rows: int | None = None  # to calibrate on; all if None
 
     @property
     def name(self) -> str:
         return self.preset + "".join(f", {key}={value}" for key, value in self.changes.items())
+
+    @property
+    def source(self) -> str:
+        return self.text + ("" if self.rows is None else f", {self.rows} rows")
 
 
 # In order of importance: `--runs` cuts the list off.
 RUNS = [
     *(Run(preset, bits) for bits in (4, 3) for preset in ("compatible", "default", "best")),
     *(Run(p, b, text="source code") for b in (3, 4) for p in ("compatible", "default")),
+    *(Run("default", 3, changes, rows=16) for changes in ({}, {"correction": 0.0})),
     Run("compatible", changes={"desc_act": False}),
     Run("default", changes={"correction": 0.0}),
     Run("default", changes={"signed_scales": False}),
@@ -80,10 +86,11 @@ def measure(
     config = BaseQuantizeConfig.preset(run.preset, run.bits, group_size, **run.changes)
     wrapper = BaseGPTQForCausalLM(copy.deepcopy(model), False, config)
     started = time.perf_counter()
-    wrapper.quantize(as_examples(texts[run.text][0]), batch_size=4, show_progress=False)
+    rows = texts[run.text][0][: run.rows]
+    wrapper.quantize(as_examples(rows), batch_size=4, show_progress=False)
     seconds = time.perf_counter() - started
     dequantize(wrapper.model, model.dtype)  # dense products are faster where rows are many
-    row = {"settings": run.name, "bits": run.bits, "calibrated on": run.text}
+    row = {"settings": run.name, "bits": run.bits, "calibrated on": run.source}
     return row | _perplexities(wrapper.model, texts) | {"seconds": seconds}
 
 

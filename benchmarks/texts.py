@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
-import random
-import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
 
-from auto_gptq.calibration.datasets import python_documentation, token_rows
+from auto_gptq.calibration.datasets import python_documentation, python_source, token_rows
 
 Tokenizer = Callable[..., dict[str, list[int]]]
 ROWS_FOR_CALIBRATION = 128
-
-
-def source_code(pattern: str = "*.py", characters: int = 1_000_000) -> str:
-    """Give modules of the standard library, in a random order that is always the same."""
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob(pattern))
-    random.Random(1).shuffle(files)
-    text = ""
-    for file in files:
-        if len(text) < characters and "site-packages" not in file.parts:
-            text += file.read_text(encoding="utf-8", errors="ignore") + "\n\n"
-    return text
 
 
 def licences(characters: int = 600_000) -> str:
@@ -40,7 +27,7 @@ def licences(characters: int = 600_000) -> str:
 
 KINDS = {
     "documentation": python_documentation,
-    "source code": source_code,
+    "source code": python_source,
     "licences": licences,
 }
 

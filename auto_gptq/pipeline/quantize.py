@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -27,6 +28,8 @@ from .plan import Plan, make_plan, solver_options
 from .progress import Progress
 from .report import ModuleReport
 from .tuning import tune_block
+
+logger = logging.getLogger(__name__)
 
 # Tokens that run through a block at a time: enough to keep the device busy.
 _TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 32768}
@@ -59,6 +62,7 @@ def quantize_model(
     dtype = execution_dtype(next(plan.blocks.parameters()).dtype, device)
     at_once = _TOKENS_AT_ONCE.get(device.type, 2048)
     at_once = min(at_once, _TUNED_AT_ONCE) if config.tuning_epochs else at_once
+    _warn_of_few_tokens(plan, batches)
     batches = merge_batches(batches, at_once)
     journal = work_dir and Journal.open(work_dir, describe_job(model, config, batches, dtype))
     captured = _capture(model, plan, batches, device, dtype)
@@ -94,6 +98,19 @@ def quantize_model(
             report.append(_entry("", len(plan.blocks), solved))
             progress.module_done(report[-1])
     return report
+
+
+def _warn_of_few_tokens(plan: Plan, batches: Sequence[Batch]) -> None:
+    linears = find_linears(plan.blocks[0])
+    inputs = max((surgery.features(linear)[0] for linear in linears.values()), default=0)
+    tokens = sum(batch.tokens for batch in batches)
+    if tokens < 2 * inputs:
+        logger.warning(
+            "The examples hold %d tokens for linears of up to %d inputs. Fewer than twice as many "
+            "tokens as inputs say little about how these go together: use more or longer examples.",
+            tokens,
+            inputs,
+        )
 
 
 def _quantize_head(
