@@ -69,10 +69,14 @@ RUNS = [
 
 def read_texts(options: argparse.Namespace, tokenizer: Any) -> dict[str, tuple[Tensor, Tensor]]:
     """Give rows for calibration and for evaluation, by kind of text."""
-    texts = {kind: rows_of(kind, tokenizer, options.length) for kind in KINDS}
-    if options.data is not None:
+    if options.data is None:
+        texts = {kind: rows_of(kind, tokenizer, options.length) for kind in KINDS}
+    else:
         rows = load_file(options.data)
-        texts["documentation"] = rows["calibration"].long(), rows["evaluation"].long()
+        texts = {
+            kind: (rows[f"{kind}, calibration"].long(), rows[f"{kind}, evaluation"].long())
+            for kind in KINDS
+        }
     return {
         kind: (calibration[: options.calibration], evaluation[: options.evaluation])
         for kind, (calibration, evaluation) in texts.items()
@@ -104,7 +108,7 @@ def main() -> None:
     arguments.add_argument("--folder", type=Path, default=Path(".demo/smollm2-fp16"))
     arguments.add_argument("--gguf", type=Path, help="the model's file, if not the installed one")
     arguments.add_argument("--steps", type=int, default=600, help="of training")
-    arguments.add_argument("--data", type=Path, help="token rows of the documentation")
+    arguments.add_argument("--data", type=Path, help="token rows of every text, made before")
     arguments.add_argument("--calibration", type=int, default=128)
     arguments.add_argument("--evaluation", type=int, default=92)
     arguments.add_argument("--length", type=int, default=512)
@@ -127,7 +131,7 @@ def main() -> None:
         "group size": options.group_size,
         "calibration": [options.calibration, options.length],
         "evaluation": {kind: list(evaluation.shape) for kind, (_, evaluation) in texts.items()},
-        "documentation": options.data.name if options.data else "of the running Python",
+        "texts": options.data.name if options.data else "of the running Python",
     }
     for run in RUNS[: options.runs]:
         rows.append(measure(model, run, texts, options.group_size))
