@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..nn_modules.qlinear.linear import dense_weight
 from ..quantization.hessian import Hessian
 from ..quantization.precision import tensor_cores
 from ..quantization.solver import Solution, SolverOptions, round_to_nearest, solve
-from .exact import Exact, gap_before, same_tokens
+from .exact import Exact, gap_before
 
 logger = logging.getLogger(__name__)
 
@@ -62,13 +62,12 @@ def solve_step(
     Linears that read the same tensor share one Hessian, and those with the same options also one
     factorization.
     """
-    collector = _Collector(linears, exact.writers if exact is not None else [])
-    with collector.hooked(), ExitStack() as context:
-        if exact is not None:
-            context.enter_context(exact.watched(collector.written))
+    exact = exact or Exact(block, {}, [])
+    collector = _Collector(linears, exact)
+    with collector.hooked(), exact.watched(collector.written):
         for i, (hidden, call) in enumerate(zip(feed.hidden, feed.calls, strict=True)):
             collector.keep = feed.keep[i]
-            if exact is not None and i < len(feed.exact):
+            if i < len(feed.exact):
                 with exact.in_place():
                     collector.note_exact(block, feed.exact[i], call)
             collector.run(block, hidden, call)
@@ -172,7 +171,7 @@ class _Collector:
     """Hooks on the linears of one step that feed their inputs to Hessians."""
 
     linears: Mapping[str, nn.Module]
-    writers: Sequence[str] = ()  # to the residual stream
+    exact: Exact
     sharing: list[_Sharing] = field(default_factory=list)
     keep: Tensor | None = None
     seen: set[str] = field(default_factory=set)
@@ -221,7 +220,7 @@ class _Collector:
     def _hook(self, name: str) -> Any:
         def note(_linear: nn.Module, args: Sequence[Tensor]) -> None:
             if self._is_exact:
-                residual = self._residual if name in self.writers else None
+                residual = self._residual if name in self.exact.writers else None
                 self._exact[name] = args[0], residual
             else:
                 self._add(name, args[0])
@@ -239,7 +238,7 @@ class _Collector:
         for sharing in self.sharing:
             if sharing.names[0] == name:
                 noted, residual = self._exact.get(name, (None, None))
-                exact = same_tokens(noted, x, self._tokens)
+                exact = self.exact.matching(name, noted, x, self._tokens)
                 gap = None if exact is None else gap_before(residual, self._residual, x)
                 sharing.hessian.add(x, kept_tokens(self.keep, x), exact, gap)
 

@@ -31,7 +31,7 @@ from .block import (
     run_block,
     solve_together,
 )
-from .exact import Exact, gap_before, same_tokens
+from .exact import Exact, gap_before
 
 # Activations alive in a stopped pass, in units of the widest input and twice the hidden size:
 # the residual, the linear's input, and what the model keeps beside them.
@@ -102,7 +102,7 @@ def solve_in_one_pass(
         _all_go_on(forwards, exacts, exact)
         for group in groups:
             waiting = [forward for forward in forwards if forward.waits_before == group[0]]
-            hessian = _sum_up(forwards, exacts, group[0], group[0] in exact.writers)
+            hessian = _sum_up(forwards, exacts, group[0], exact)
             together = {name: linears[name] for name in group}
             yield from solve_together(together, hessian, options)
             also = [forward for forward in exacts if forward.waits_before == group[0]]
@@ -122,7 +122,7 @@ def _all_go_on(forwards: Sequence[_Forward], exacts: Sequence[_Forward], exact: 
 
 
 def _sum_up(
-    forwards: Sequence[_Forward], exacts: Sequence[_Forward], name: str, writes: bool
+    forwards: Sequence[_Forward], exacts: Sequence[_Forward], name: str, exact: Exact
 ) -> Hessian:
     """Make the Hessian of the inputs that the passes hold before a linear."""
     hessian: Hessian | None = None
@@ -131,12 +131,12 @@ def _sum_up(
         if forward.waits_before != name or x is None:
             continue
         hessian = hessian or Hessian(x.shape[-1], x.device)
-        exact = gap = None
+        wanted = gap = None
         if i < len(exacts) and exacts[i].waits_before == name:
-            exact = same_tokens(exacts[i].input, x, forward.tokens)
-        if exact is not None and writes:
+            wanted = exact.matching(name, exacts[i].input, x, forward.tokens)
+        if wanted is not None and name in exact.writers:
             gap = gap_before(exacts[i].residual, forward.residual, x)
-        hessian.add(x, kept_tokens(forward.keep, x), exact, gap)
+        hessian.add(x, kept_tokens(forward.keep, x), wanted, gap)
     assert hessian is not None
     return hessian
 

@@ -92,6 +92,11 @@ def solve(
     order = _processing_order(hessian, options.act_order)
     factor = factorize(hessian[order][:, order], options.damp_percent)
     if pull is not None and options.correction:
+        if not torch.isfinite(pull).all():
+            raise NumericsError(
+                "The full-precision model's activations hold NaN or infinity. If it runs in "
+                "float16, load it with torch_dtype=torch.bfloat16 or torch.float32."
+            )
         target = target + options.correction * _shift(pull, order, factor.inverse)
 
     back = torch.argsort(order)

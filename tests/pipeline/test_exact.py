@@ -14,9 +14,12 @@ from auto_gptq.architectures import find
 from auto_gptq.calibration.capture import capture
 from auto_gptq.calibration.examples import make_batches
 from auto_gptq.modeling import BaseGPTQForCausalLM
+from auto_gptq.nn_modules.experts import unfuse
 from auto_gptq.nn_modules.surgery import dequantize, find_linears
+from auto_gptq.nn_modules.unfused import find_unfused
 from auto_gptq.pipeline.exact import Exact, find_writers
 from tests.tiny import tiny_examples, tiny_model
+from tests.zoo import tiny_of
 
 WRITERS = {
     "llama": ["self_attn.o_proj", "mlp.down_proj"],
@@ -56,6 +59,19 @@ def test_original_weights_come_back_for_a_while_only() -> None:
     assert torch.allclose(hidden + seen[0] + seen[1], before, atol=1e-5)
     assert torch.equal(block(hidden, *call.args, **call.kwargs), after)
     assert len(seen) == 2
+
+
+def test_experts_are_not_compared() -> None:
+    """What they read in one model are other tokens than in the other."""
+    model = tiny_of("mixtral")
+    unfuse(model)
+    block = model.model.layers[0]
+    experts = next(iter(find_unfused(block)))
+    exact, x = Exact(block, {}, []), torch.ones(8, 64)
+    assert exact.matching(f"{experts}.0.w1", x, x, 8) is None
+    assert exact.matching("self_attn.o_proj", x, x, 8) is x
+    assert exact.matching("self_attn.o_proj", x, x, 9) is None
+    assert exact.matching("self_attn.o_proj", x[:7], x, 8) is None
 
 
 @torch.no_grad()

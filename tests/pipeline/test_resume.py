@@ -63,11 +63,14 @@ def _wrapper(model: Any, **settings: Any) -> BaseGPTQForCausalLM:
     return BaseGPTQForCausalLM(copy.deepcopy(model), False, config)
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"correction": 0.5, "tuning_epochs": 1}], ids=["plain", "beside the original"]
+)
 def test_finished_blocks_are_not_solved_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, examples = tiny_model(), tiny_examples()
-    first = _wrapper(model)
+    first = _wrapper(model, **settings)
     first.quantize(examples, work_dir=tmp_path)
     (tmp_path / "block-00001.safetensors").write_bytes(b"damaged")
     solved_blocks: list[object] = []
@@ -78,7 +81,7 @@ def test_finished_blocks_are_not_solved_again(
         return solve(self, block, *rest)
 
     monkeypatch.setattr(pipeline._Run, "solve", counted)
-    again = _wrapper(model)
+    again = _wrapper(model, **settings)
     again.quantize(examples, work_dir=tmp_path)
     assert len(solved_blocks) == 1  # the damaged one
     assert [(e.name, e.error) for e in again.report] == [(e.name, e.error) for e in first.report]
