@@ -25,6 +25,7 @@ ORDER = [
     "checkpoint",
     "calibration",
     "pipeline",
+    "generation",
     "modeling",
     "integrations",
     "evaluation",
@@ -35,7 +36,13 @@ EXEMPT = ("__init__", "_old_names")  # at the top: they name modules of every la
 OPEN_TO_ALL = ("_old_names",)
 NO_TORCH = ("errors", "architectures")
 MAY_PRINT = ("auto_gptq/pipeline/progress.py", "auto_gptq/cli.py")
-MAY_INCLUDE_TORCH = ("csrc/bindings.cpp", "csrc/bindings.h", "csrc/bindings_solver.cpp")
+MAY_INCLUDE_TORCH = (
+    "csrc/bindings.cpp",
+    "csrc/bindings.h",
+    "csrc/bindings_solver.cpp",
+    "csrc/bindings_decode.cpp",
+    "csrc/bindings_gpu.h",
+)
 LONGEST_PYTHON, LONGEST_NATIVE = 400, 500
 
 
