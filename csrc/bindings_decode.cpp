@@ -1,5 +1,5 @@
 // torch.ops.auto_gptq.add_norm, gate and decode_attention on NVIDIA GPUs.
-#include "bindings_gpu.h"
+#include "bindings_cuda.h"
 #include "decode.h"
 
 #ifdef AUTO_GPTQ_CUDA
@@ -62,7 +62,7 @@ Tensor add_norm(const Tensor& hidden,
                                 channels,
                                 static_cast<float>(epsilon),
                                 *data_type(hidden.scalar_type())};
-  run_on_gpu(hidden, auto_gptq_cuda_add_norm, task);
+  run_on_gpu(hidden, [&](void* stream) { return auto_gptq_cuda_add_norm(&task, stream); });
   return normed;
 }
 
@@ -78,7 +78,7 @@ Tensor gate(const Tensor& gate_up, bool gelu) {
                              channels,
                              gelu ? 1 : 0,
                              *data_type(gate_up.scalar_type())};
-  run_on_gpu(gate_up, auto_gptq_cuda_gate, task);
+  run_on_gpu(gate_up, [&](void* stream) { return auto_gptq_cuda_gate(&task, stream); });
   return out;
 }
 
@@ -157,7 +157,7 @@ Tensor decode_attention(const Tensor& qkv,
                                         static_cast<float>(scale),
                                         static_cast<float>(epsilon),
                                         *data_type(qkv.scalar_type())};
-  run_on_gpu(qkv, auto_gptq_cuda_decode_attention, task);
+  run_on_gpu(qkv, [&](void* stream) { return auto_gptq_cuda_decode_attention(&task, stream); });
   return out;
 }
 

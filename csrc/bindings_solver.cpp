@@ -2,7 +2,7 @@
 #include <tuple>
 #include <utility>
 
-#include "bindings_gpu.h"
+#include "bindings_cuda.h"
 
 namespace {
 
@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor> fit_grids(const Tensor& weight,
                            *data_type(scale_dtype)};
 #ifdef AUTO_GPTQ_CUDA
   if (!weight.is_cpu()) {
-    run_on_gpu(weight, auto_gptq_cuda_fit_grids, fit);
+    run_on_gpu(weight, [&](void* stream) { return auto_gptq_cuda_fit_grids(&fit, stream); });
     return {scales, zeros};
   }
 #endif
@@ -123,7 +123,8 @@ void solve_columns(const Tensor& weight,
                                static_cast<int32_t>(maxq)};
 #ifdef AUTO_GPTQ_CUDA
   if (!weight.is_cpu()) {
-    run_on_gpu(weight, auto_gptq_cuda_solve_columns, block);
+    run_on_gpu(weight,
+               [&](void* stream) { return auto_gptq_cuda_solve_columns(&block, stream); });
     return;
   }
 #endif

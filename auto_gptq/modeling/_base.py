@@ -17,6 +17,7 @@ from ..calibration.examples import make_batches
 from ..checkpoint.writer import Files
 from ..errors import QuantizedStateError
 from ..generation.generate import generate
+from ..nn_modules.surgery import prepare
 from ..pipeline.quantize import quantize_model
 from ..pipeline.report import ModuleReport
 from ..quantization.config import QUANTIZE_BLACK_LIST, BaseQuantizeConfig
@@ -204,6 +205,7 @@ class BaseGPTQForCausalLM(FormerMethods):
             show_progress=show_progress,
             work_dir=work_dir,
         )
+        prepare(self.model)
         self.calibration_rows = sum(len(batch.input_ids) for batch in batches)
         self._quantized = True
 

@@ -1,4 +1,4 @@
-// How a binding launches a kernel on a GPU: on the tensor's device, on torch's current stream.
+// Call a launcher on the device and the current stream of a tensor.
 #pragma once
 
 #include <dlfcn.h>
@@ -6,9 +6,9 @@
 
 #include "bindings.h"
 
+#ifdef AUTO_GPTQ_CUDA
 namespace auto_gptq_bindings {
 
-#ifdef AUTO_GPTQ_CUDA
 // Found at run time, so that the library also loads beside a torch without CUDA.
 inline void* current_stream(int32_t device) {
   using Find = int (*)(int32_t, void**);
@@ -23,13 +23,14 @@ inline void* current_stream(int32_t device) {
   return stream;
 }
 
-template <typename Task>
-void run_on_gpu(const Tensor& like, const char* (*launch)(const Task*, void*), const Task& task) {
+// launch(stream) returns null, or what went wrong.
+template <typename Launch>
+void run_on_gpu(const Tensor& like, const Launch& launch) {
   const int32_t device = like.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const char* failure = launch(&task, current_stream(device));
+  const char* failure = launch(current_stream(device));
   STD_TORCH_CHECK(!failure, "the kernel did not start: ", failure ? failure : "");
 }
-#endif
 
 }  // namespace auto_gptq_bindings
+#endif
