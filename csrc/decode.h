@@ -21,7 +21,7 @@ struct AddNorm {
   DataType type;
 };
 
-constexpr int64_t kMostNormChannels = 32768;
+constexpr int64_t kMostNormChannels = 16384;
 
 // out = silu(gate) * up, or with gelu (its tanh form) in the place of silu.
 struct Gate {
@@ -34,6 +34,9 @@ struct Gate {
 };
 
 // Rotate the new query and key, append key and value to the cache, attend to the cache.
+//
+// While the kernel before still runs, length, first and what the cache holds are read already: they
+// must be older, that is, a kernel that was launched in the usual way must stand between.
 struct DecodeAttention {
   const void* qkv;     // [B, (Q + 2 P) * D]: queries, keys, values
   const void* cosine;  // [positions, R] the angles of each half are given twice
@@ -52,9 +55,9 @@ struct DecodeAttention {
   int32_t query_heads;
   int32_t kv_heads;
   int32_t head_channels;  // D, a multiple of 8, at most 256
-  int32_t rotated;        // R, even, at most D
+  int32_t rotated;        // R, a multiple of 2, at most D
   int64_t capacity;       // S
-  int32_t splits;         // parts of the cache that are attended to side by side, 1 to kMostSplits
+  int32_t splits;         // most parts of the cache that are attended to side by side, 1 to kMostSplits
   float scale;            // of the scores
   float epsilon;          // of the norms
   DataType type;

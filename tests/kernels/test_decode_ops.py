@@ -21,7 +21,7 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 64), (3, 4096), (2, 576), (2, 11008), (1, 32768)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 64), (3, 4096), (2, 576), (2, 11008), (1, 16384)], ids=str)
 @pytest.mark.parametrize("update", [False, True], ids=["read", "updated"])
 def test_add_norm_adds_in_place_and_norms(device, dtype, shape, update) -> None:
     hidden, weight = torch.randn(shape, dtype=dtype), torch.randn(shape[1], dtype=dtype)
