@@ -1,15 +1,14 @@
-// torch.ops.auto_gptq.add_norm, gate and decode_attention on NVIDIA GPUs.
+// torch.ops.auto_gptq.add_norm, gate and decode_attention on the CPU and on NVIDIA GPUs.
 #include "bindings_cuda.h"
 #include "decode.h"
 
-#ifdef AUTO_GPTQ_CUDA
 namespace {
 
 using namespace auto_gptq_bindings;
 
 void check_same(const char* name, const Tensor& tensor, const Tensor& like) {
   STD_TORCH_CHECK(
-      !tensor.is_cpu() && tensor.get_device_index() == like.get_device_index() &&
+      tensor.is_cpu() == like.is_cpu() && tensor.get_device_index() == like.get_device_index() &&
           tensor.scalar_type() == like.scalar_type() && tensor.is_contiguous(),
       name, " must be contiguous, on the device of the first tensor and of its type, ",
       torch::headeronly::toString(like.scalar_type()), "; it is ",
@@ -23,7 +22,7 @@ void check_vector(const char* name, const Tensor& tensor, int64_t size, const ch
 
 void check_index(const char* name, const Tensor& tensor, const Tensor& like, ScalarType type) {
   STD_TORCH_CHECK(
-      !tensor.is_cpu() && tensor.get_device_index() == like.get_device_index() &&
+      tensor.is_cpu() == like.is_cpu() && tensor.get_device_index() == like.get_device_index() &&
           tensor.scalar_type() == type && tensor.is_contiguous(),
       name, " must be contiguous ", torch::headeronly::toString(type),
       " on the device of the first tensor.");
@@ -35,6 +34,11 @@ void check_rows_of_eight(const char* name, const Tensor& tensor, int64_t most) {
                   "multiple of 8 and at most ", most, ".");
   check_floating(name, tensor.scalar_type());
   check_same(name, tensor, tensor);
+}
+
+// Rows that a thread should get before it is worth waking.
+int64_t rows_per_thread(int64_t operations_per_row) {
+  return std::max<int64_t>(kCodesPerThread / std::max<int64_t>(operations_per_row, 1), 1);
 }
 
 const void* pointer_or_null(const std::optional<Tensor>& tensor) {
@@ -62,7 +66,15 @@ Tensor add_norm(const Tensor& hidden,
                                 channels,
                                 static_cast<float>(epsilon),
                                 *data_type(hidden.scalar_type())};
-  run_on_gpu(hidden, [&](void* stream) { return auto_gptq_cuda_add_norm(&task, stream); });
+#ifdef AUTO_GPTQ_CUDA
+  if (!hidden.is_cpu()) {
+    run_on_gpu(hidden, [&](void* stream) { return auto_gptq_cuda_add_norm(&task, stream); });
+    return normed;
+  }
+#endif
+  torch::stable::parallel_for(0, rows, rows_per_thread(channels), [&](int64_t begin, int64_t end) {
+    auto_gptq_cpu_add_norm(&task, begin, end, auto_gptq_cpu_best_isa());
+  });
   return normed;
 }
 
@@ -78,8 +90,27 @@ Tensor gate(const Tensor& gate_up, bool gelu) {
                              channels,
                              gelu ? 1 : 0,
                              *data_type(gate_up.scalar_type())};
-  run_on_gpu(gate_up, [&](void* stream) { return auto_gptq_cuda_gate(&task, stream); });
+#ifdef AUTO_GPTQ_CUDA
+  if (!gate_up.is_cpu()) {
+    run_on_gpu(gate_up, [&](void* stream) { return auto_gptq_cuda_gate(&task, stream); });
+    return out;
+  }
+#endif
+  torch::stable::parallel_for(0, rows, rows_per_thread(channels), [&](int64_t begin, int64_t end) {
+    auto_gptq_cpu_gate(&task, begin, end, auto_gptq_cpu_best_isa());
+  });
   return out;
+}
+
+// On the CPU what the places are is known here; on a GPU only the kernel sees them.
+void check_places(const auto_gptq::DecodeAttention& task) {
+  const int64_t length = *task.length;
+  STD_TORCH_CHECK(length >= 0 && length < task.capacity, "length is ", length,
+                  ", but the cache has room for ", task.capacity, " tokens.");
+  for (int64_t row = 0; row < task.batch; ++row) {
+    STD_TORCH_CHECK(task.first[row] >= 0 && task.first[row] <= length, "first[", row, "] is ",
+                    task.first[row], ", but must be in [0, ", length, "].");
+  }
 }
 
 Tensor decode_attention(const Tensor& qkv,
@@ -157,12 +188,31 @@ Tensor decode_attention(const Tensor& qkv,
                                         static_cast<float>(scale),
                                         static_cast<float>(epsilon),
                                         *data_type(qkv.scalar_type())};
-  run_on_gpu(qkv, [&](void* stream) { return auto_gptq_cuda_decode_attention(&task, stream); });
+#ifdef AUTO_GPTQ_CUDA
+  if (!qkv.is_cpu()) {
+    run_on_gpu(qkv, [&](void* stream) { return auto_gptq_cuda_decode_attention(&task, stream); });
+    return out;
+  }
+#endif
+  check_places(task);
+  auto_gptq_cpu_decode_append(&task, auto_gptq_cpu_best_isa());
+  torch::stable::parallel_for(
+      0, batch * query_heads, rows_per_thread(2 * d * (*task.length + 1)),
+      [&](int64_t begin, int64_t end) {
+        auto_gptq_cpu_decode_attend(&task, begin, end, auto_gptq_cpu_best_isa());
+      });
   return out;
 }
 
 }  // namespace
 
+STABLE_TORCH_LIBRARY_IMPL(auto_gptq, CPU, m) {
+  m.impl("add_norm", TORCH_BOX(&add_norm));
+  m.impl("gate", TORCH_BOX(&gate));
+  m.impl("decode_attention", TORCH_BOX(&decode_attention));
+}
+
+#ifdef AUTO_GPTQ_CUDA
 STABLE_TORCH_LIBRARY_IMPL(auto_gptq, CUDA, m) {
   m.impl("add_norm", TORCH_BOX(&add_norm));
   m.impl("gate", TORCH_BOX(&gate));

@@ -79,3 +79,23 @@ AUTO_GPTQ_API const char* auto_gptq_cuda_add_norm(const auto_gptq::AddNorm* task
 AUTO_GPTQ_API const char* auto_gptq_cuda_gate(const auto_gptq::Gate* task, void* stream);
 AUTO_GPTQ_API const char* auto_gptq_cuda_decode_attention(const auto_gptq::DecodeAttention* task,
                                                           void* stream);
+
+// The same on the CPU, for rows [begin, end).
+AUTO_GPTQ_API void auto_gptq_cpu_add_norm(const auto_gptq::AddNorm* task,
+                                          int64_t begin,
+                                          int64_t end,
+                                          auto_gptq::Isa isa);
+AUTO_GPTQ_API void auto_gptq_cpu_gate(const auto_gptq::Gate* task,
+                                      int64_t begin,
+                                      int64_t end,
+                                      auto_gptq::Isa isa);
+
+// Put the new keys and values of all rows into the cache.  partial and arrived are not used.
+AUTO_GPTQ_API void auto_gptq_cpu_decode_append(const auto_gptq::DecodeAttention* task,
+                                               auto_gptq::Isa isa);
+
+// Then attend: query heads [begin, end) of the B * Q of all rows.
+AUTO_GPTQ_API void auto_gptq_cpu_decode_attend(const auto_gptq::DecodeAttention* task,
+                                               int64_t begin,
+                                               int64_t end,
+                                               auto_gptq::Isa isa);

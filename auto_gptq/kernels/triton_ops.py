@@ -80,7 +80,7 @@ def _multiply_one(
     x, tiles, scales, zeros, perm, partial,
     m, in_features, n_tiles, k_tiles, group_size, tiles_per_split,
     BITS: tl.constexpr, RUN: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_PERM: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
+    ONE_GROUP: tl.constexpr, R: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """Write the sums of one row over a part of the inputs into ``partial [splits, m, N']`` fp32."""
     n_tile, row_tile, l4, n = _rows_of(tl.program_id(0) * (R // 32), R)
@@ -94,9 +94,14 @@ def _multiply_one(
         mask = (n_tile < n_tiles)[:, None] & (k_tile < last)[None, :]
         tile = tiles + (n_tile[:, None] * k_tiles + k_tile[None, :]).to(tl.int64) * (128 * BITS)
         lane = l4[:, None] * 4 + q[None, :]
-        place = k[None, :] // group_size * (n_tiles * 64) + n[:, None]
-        scale0, zero0 = _grid(scales, zeros, place, BITS, HAS_ZEROS, mask)
-        scale1, zero1 = _grid(scales, zeros, place + 8, BITS, HAS_ZEROS, mask)
+        if ONE_GROUP:  # a column of scales for all columns of words
+            place = (k_first * 64 // group_size * (n_tiles * 64) + n)[:, None]
+            known = (n_tile < n_tiles)[:, None]
+        else:
+            place = k[None, :] // group_size * (n_tiles * 64) + n[:, None]
+            known = mask
+        scale0, zero0 = _grid(scales, zeros, place, BITS, HAS_ZEROS, known)
+        scale1, zero1 = _grid(scales, zeros, place + 8, BITS, HAS_ZEROS, known)
         group0 = tl.zeros((R, C), tl.float32)
         group1 = tl.zeros((R, C), tl.float32)
         for i in tl.static_range(4):
@@ -119,7 +124,7 @@ def _multiply_some(
     x, tiles, scales, zeros, perm, partial,
     m, in_features, n_tiles, k_tiles, group_size, tiles_per_split,
     BITS: tl.constexpr, RUN: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_PERM: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
+    ONE_GROUP: tl.constexpr, R: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """Write the sums of M rows over a part of the inputs into ``partial [splits, m, N']`` fp32."""
     n_tile, row_tile, l4, n = _rows_of(tl.program_id(0) * (R // 32), R)
@@ -135,18 +140,31 @@ def _multiply_some(
         mask = (n_tile < n_tiles)[:, None] & (k_tile < last)[None, :]
         tile = tiles + (n_tile[:, None] * k_tiles + k_tile[None, :]).to(tl.int64) * (128 * BITS)
         lane = l4[:, None] * 4 + q[None, :]
-        place = k[None, :] // group_size * (n_tiles * 64) + n[:, None]
-        scale0, zero0 = _grid(scales, zeros, place, BITS, HAS_ZEROS, mask)
-        scale1, zero1 = _grid(scales, zeros, place + 8, BITS, HAS_ZEROS, mask)
+        if ONE_GROUP:  # a column of scales for all columns of words
+            place = (k_first * 64 // group_size * (n_tiles * 64) + n)[:, None]
+            known = (n_tile < n_tiles)[:, None]
+        else:
+            place = k[None, :] // group_size * (n_tiles * 64) + n[:, None]
+            known = mask
+        scale0, zero0 = _grid(scales, zeros, place, BITS, HAS_ZEROS, known)
+        scale1, zero1 = _grid(scales, zeros, place + 8, BITS, HAS_ZEROS, known)
+        group0 = tl.zeros((R, M), tl.float32)
+        group1 = tl.zeros((R, M), tl.float32)
         for i in tl.static_range(4):
             inside = (k_tile < last) & (k + i < in_features)
             source = _input(perm, k + i, inside, HAS_PERM)
             code0 = _field(tile, row_tile[:, None], lane, s[None, :], i, 0, BITS, mask) - zero0
             code1 = _field(tile, row_tile[:, None], lane, s[None, :], i, 1, BITS, mask) - zero1
+            if not ONE_GROUP:
+                code0, code1 = code0 * scale0, code1 * scale1
             given = x + rows[None, :].to(tl.int64) * in_features + source[:, None]
             given = tl.load(given, inside[:, None] & used, 0)
-            sum0 = tl.dot((code0 * scale0).to(dtype), given, sum0, input_precision="ieee")
-            sum1 = tl.dot((code1 * scale1).to(dtype), given, sum1, input_precision="ieee")
+            group0 = tl.dot(code0.to(dtype), given, group0, input_precision="ieee")
+            group1 = tl.dot(code1.to(dtype), given, group1, input_precision="ieee")
+        if ONE_GROUP:
+            group0, group1 = group0 * scale0, group1 * scale1
+        sum0 += group0
+        sum1 += group1
     out = partial + tl.program_id(1).to(tl.int64) * m * n_tiles * 64
     out += rows[None, :].to(tl.int64) * (n_tiles * 64) + n[:, None]
     tl.store(out, sum0, (n_tile < n_tiles)[:, None] & used)
@@ -239,9 +257,15 @@ def _partial_sums(
     group_size: int,
 ) -> Tensor:  # [splits, m, N'] fp32
     (m, in_features), (n_tiles, k_tiles) = rows.shape, tiles.shape[:2]
+    group_size = _group(group_size, in_features)
+    # As many columns as lie in one group, if whole tiles do: their scales are read once.
+    c = next((c for c in (64, 32, 16) if c <= config.c and group_size % (4 * c) == 0), None)
+    if group_size == in_features:
+        c = config.c
+    one_group, c = c is not None, c or config.c
     columns = triton.cdiv(n_tiles * _ROWS, config.r)
     blocks = triton.cdiv(m, config.m)
-    steps = triton.cdiv(k_tiles, config.c // 16)
+    steps = triton.cdiv(k_tiles, c // 16)
     splits = max(1, min(steps, config.per_core * _cores(rows.device) // (columns * blocks)))
     steps_per_split = triton.cdiv(steps, splits)
     splits = triton.cdiv(steps, steps_per_split)
@@ -258,14 +282,15 @@ def _partial_sums(
         in_features,
         n_tiles,
         k_tiles,
-        _group(group_size, in_features),
-        steps_per_split * (config.c // 16),
+        group_size,
+        steps_per_split * (c // 16),
         BITS=bits,
         RUN=run_length(group_size, in_features),
         HAS_ZEROS=zeros is not None,
         HAS_PERM=perm is not None,
+        ONE_GROUP=one_group,
         R=config.r,
-        C=config.c,
+        C=c,
         M=config.m,
         num_warps=config.warps,
         num_stages=config.stages,

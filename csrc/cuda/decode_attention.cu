@@ -15,6 +15,7 @@ struct Attention {
   // kUnroll times.
   static constexpr int kSlots = kAttentionThreads / kLanes;
   static constexpr int kUnroll = kHeads == 4 ? 2 : 4;
+  static constexpr int kEarly = 8;
   static constexpr int kItems = kHeads + 2;  // new heads: queries, the key, the value
   static constexpr int kChannels = kLanes * kVector;  // at least D
 
@@ -258,6 +259,15 @@ struct Attention {
   __device__ void write_joined(const float* partial, T* out) {
     __threadfence();
     const int stride = d + 2, warp = threadIdx.x / kWarp, s = threadIdx.x % kWarp;
+    const auto part_of = [&](int i) {
+      return partial + static_cast<int64_t>(i / d) * task.splits * stride + i % d;
+    };
+    float early[kEarly];  // asked for together with what decides about their weights
+#pragma unroll
+    for (int p = 0; p < kEarly; ++p) {
+      const bool given = p < parts && threadIdx.x < kHeads * d;
+      early[p] = given ? __ldcg(part_of(threadIdx.x) + p * stride) : 0.0f;
+    }
     for (int h = warp; h < kHeads; h += kAttentionWarps) {  // a lane for each part
       const float* part = partial + (static_cast<int64_t>(h) * task.splits + s) * stride + d;
       const float own = s < parts ? __ldcg(part) : -INFINITY;
@@ -275,10 +285,16 @@ struct Attention {
     __syncthreads();
     for (int i = threadIdx.x; i < kHeads * d; i += kAttentionThreads) {
       const int h = i / d;
-      const float* part = partial + static_cast<int64_t>(h) * task.splits * stride + i % d;
+      const bool first_round = i == threadIdx.x;
       float sum = 0;
+#pragma unroll
+      for (int p = 0; p < kEarly; ++p) {
+        if (first_round && p < parts) sum += early[p] * shared.share[h][p];
+      }
 #pragma unroll 8
-      for (int s = 0; s < parts; ++s) sum += __ldcg(part + s * stride) * shared.share[h][s];
+      for (int p = first_round ? kEarly : 0; p < parts; ++p) {
+        sum += __ldcg(part_of(i) + p * stride) * shared.share[h][p];
+      }
       out[i] = rounded<T>(sum / shared.whole[h]);
     }
   }
