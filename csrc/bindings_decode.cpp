@@ -1,4 +1,4 @@
-// torch.ops.auto_gptq.add_norm, gate and decode_attention on the CPU and on NVIDIA GPUs.
+// torch.ops.auto_gptq.add_norm, gate, decode_attention and append_best on the CPU and on NVIDIA GPUs.
 #include "bindings_cuda.h"
 #include "decode.h"
 
@@ -204,6 +204,43 @@ Tensor decode_attention(const Tensor& qkv,
   return out;
 }
 
+#ifdef AUTO_GPTQ_CUDA
+void append_best(const Tensor& logits,
+                 const Tensor& tokens,
+                 const Tensor& length,
+                 const Tensor& ended,
+                 const std::optional<Tensor>& stops,
+                 int64_t padding) {
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0, "logits is ", shape_of(logits),
+                  ", but must be [B, V].");
+  check_floating("logits", logits.scalar_type());
+  check_same("logits", logits, logits);
+  check_index("tokens", tokens, logits, ScalarType::Long);
+  STD_TORCH_CHECK(tokens.dim() == 2 && tokens.size(0) == logits.size(0), "tokens is ",
+                  shape_of(tokens), ", but must be [B, S] with B = ", logits.size(0), ".");
+  check_index("length", length, logits, ScalarType::Long);
+  check_vector("length", length, 1, "[1]");
+  check_index("ended", ended, logits, ScalarType::Bool);
+  check_vector("ended", ended, logits.size(0), "[B]");
+  if (stops) {
+    check_index("stops", *stops, logits, ScalarType::Long);
+    check_vector("stops", *stops, stops->size(0), "[*]");
+  }
+  const auto_gptq::AppendBest task{logits.const_data_ptr(),
+                                   static_cast<int64_t*>(tokens.mutable_data_ptr()),
+                                   static_cast<const int64_t*>(length.const_data_ptr()),
+                                   static_cast<uint8_t*>(ended.mutable_data_ptr()),
+                                   static_cast<const int64_t*>(pointer_or_null(stops)),
+                                   logits.size(0),
+                                   logits.size(1),
+                                   tokens.size(1),
+                                   stops ? stops->size(0) : 0,
+                                   padding,
+                                   *data_type(logits.scalar_type())};
+  run_on_gpu(logits, [&](void* stream) { return auto_gptq_cuda_append_best(&task, stream); });
+}
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(auto_gptq, CPU, m) {
@@ -216,6 +253,7 @@ STABLE_TORCH_LIBRARY_IMPL(auto_gptq, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(auto_gptq, CUDA, m) {
   m.impl("add_norm", TORCH_BOX(&add_norm));
   m.impl("gate", TORCH_BOX(&gate));
+  m.impl("append_best", TORCH_BOX(&append_best));
   m.impl("decode_attention", TORCH_BOX(&decode_attention));
 }
 #endif

@@ -33,6 +33,21 @@ struct Gate {
   DataType type;
 };
 
+// Put the token of the highest logit, of equal ones the first, at the end of each row.
+struct AppendBest {
+  const void* logits;     // [B, V]
+  int64_t* tokens;        // in and out [B, S]
+  const int64_t* length;  // [1] the place of the new token in a row
+  uint8_t* ended;         // in and out [B]: a row that has ended gets padding
+  const int64_t* stops;   // [stop_count] a row ends with one of these
+  int64_t rows;
+  int64_t vocabulary;  // V
+  int64_t capacity;    // S
+  int64_t stop_count;
+  int64_t padding;
+  DataType type;
+};
+
 // Rotate the new query and key, append key and value to the cache, attend to the cache.
 //
 // While the kernel before still runs, length, first and what the cache holds are read already: they
@@ -77,6 +92,8 @@ inline int32_t heads_per_share(int32_t group) {
 // waits for its results.
 AUTO_GPTQ_API const char* auto_gptq_cuda_add_norm(const auto_gptq::AddNorm* task, void* stream);
 AUTO_GPTQ_API const char* auto_gptq_cuda_gate(const auto_gptq::Gate* task, void* stream);
+AUTO_GPTQ_API const char* auto_gptq_cuda_append_best(const auto_gptq::AppendBest* task,
+                                                     void* stream);
 AUTO_GPTQ_API const char* auto_gptq_cuda_decode_attention(const auto_gptq::DecodeAttention* task,
                                                           void* stream);
 

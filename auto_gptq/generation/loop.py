@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..kernels.decode_ops import append
 from .request import Request
 
 _STEPS_PER_CHECK = 8  # on a GPU; at most twice as many are done in vain
@@ -113,14 +114,14 @@ class Loop:
     def _append(self, logits: Tensor) -> None:  # [B, V]
         """Choose what follows, at the place that the decoder has come to."""
         request = self._request
+        place = self._tokens, self._decoder.length, self._ended, request.stops, request.padding
+        if not request.samples and not request.processors:
+            torch.ops.auto_gptq.append_best(logits, *place)
+            return
         scores = logits.to(torch.float32)
         for process in request.processors:
             scores = process(self._tokens, scores)
-        chosen = _sample(scores) if request.samples else scores.argmax(-1)
-        if request.stops is not None:
-            chosen = torch.where(self._ended, request.padding, chosen)
-            self._ended |= torch.isin(chosen, request.stops)
-        self._tokens.index_copy_(1, self._decoder.length, chosen[:, None])
+        append(_sample(scores) if request.samples else scores.argmax(-1), *place)
 
     def _last(self, begin: int, end: int) -> int:
         """Give where the longest row ends, of what the host may have let run too far."""

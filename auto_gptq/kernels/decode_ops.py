@@ -18,8 +18,8 @@ _library = torch.library.Library("auto_gptq", "FRAGMENT")
 _MOST_SPLITS = 32
 
 
-def _define(name: str, arguments: str, implementation: Any) -> None:
-    _library.define(f"{name}({arguments}) -> Tensor")
+def _define(name: str, arguments: str, implementation: Any, result: str = "Tensor") -> None:
+    _library.define(f"{name}({arguments}) -> {result}")
     _library.impl(name, implementation, "CompositeExplicitAutograd")
 
 
@@ -89,6 +89,33 @@ def decode_attention(
     return attended.reshape(batch, -1)
 
 
+def append_best(
+    logits: Tensor,  # [B, V]
+    tokens: Tensor,  # [B, S] int64; the new ones are put in
+    length: Tensor,  # [1] int64, the place of the new ones
+    ended: Tensor,  # [B] bool; rows that end are marked
+    stops: Tensor | None,  # [*] int64: a row ends with one of these
+    padding: int,
+) -> None:
+    """Put the token of the highest logit at the end of each row; padding where it has ended."""
+    append(logits.argmax(-1), tokens, length, ended, stops, padding)
+
+
+def append(
+    chosen: Tensor,  # [B] int64
+    tokens: Tensor,
+    length: Tensor,
+    ended: Tensor,
+    stops: Tensor | None,
+    padding: int,
+) -> None:
+    """Put chosen tokens at the end of each row; padding where it has ended."""
+    if stops is not None:
+        chosen = torch.where(ended, padding, chosen)
+        ended |= torch.isin(chosen, stops)
+    tokens.index_copy_(1, length, chosen[:, None])
+
+
 def _rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     turned, rest = x.split([cosine.shape[-1], x.shape[-1] - cosine.shape[-1]], -1)
     low, high = turned.chunk(2, -1)
@@ -119,6 +146,17 @@ _define(
     "Tensor(c!) partial, Tensor(d!) arrived, float scale, float epsilon",
     decode_attention,
 )
+_define(
+    "append_best",
+    "Tensor logits, Tensor(a!) tokens, Tensor length, Tensor(b!) ended, Tensor? stops, int padding",
+    append_best,
+    "()",
+)
+
+
+@torch.library.register_fake("auto_gptq::append_best", lib=_library)
+def _(*_arguments: Any) -> None:
+    return None
 
 
 @torch.library.register_fake("auto_gptq::add_norm", lib=_library)

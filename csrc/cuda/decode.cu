@@ -1,4 +1,4 @@
-// Norms and gates of one decoding step (../decode.h).
+// Norms, gates and the next token of one decoding step (../decode.h).
 //
 // Each takes a microsecond or two, of which the start is the larger part.  So they are few, and they
 // are launched programmatically: a kernel's blocks start while those of the kernel before it finish,
@@ -92,6 +92,63 @@ __global__ void __launch_bounds__(kGateThreads) gate_kernel(Gate task) {
   gate.store(static_cast<T*>(task.out) + blockIdx.y * task.channels + c);
 }
 
+constexpr int kBestThreads = 1024;
+
+struct Best {
+  float logit;
+  int64_t token;
+
+  __device__ void take(float other, int64_t at) {
+    if (other > logit || (other == logit && at < token)) {
+      logit = other;
+      token = at;
+    }
+  }
+  __device__ void join_warp() {
+#pragma unroll
+    for (int step = kWarp / 2; step > 0; step /= 2) {
+      const float other = __shfl_xor_sync(~0u, logit, step);
+      take(other, __shfl_xor_sync(~0u, token, step));
+    }
+  }
+};
+
+// One block per row.
+template <typename T>
+__global__ void __launch_bounds__(kBestThreads) append_best_kernel(AppendBest task) {
+  start_next();
+  wait_for_previous();
+  const int64_t row = blockIdx.x;
+  const T* logits = static_cast<const T*>(task.logits) + row * task.vocabulary;
+  Best best{-INFINITY, INT64_MAX};
+#pragma unroll 8
+  for (int64_t i = threadIdx.x; i < task.vocabulary; i += kBestThreads) {
+    best.take(as_float(logits[i]), i);
+  }
+  __shared__ Best of_warp[kBestThreads / kWarp];
+  best.join_warp();
+  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = best;
+  __syncthreads();
+  if (threadIdx.x >= kWarp) return;
+  best = of_warp[threadIdx.x];
+  best.join_warp();
+  if (threadIdx.x > 0) return;
+  // Of nothing but NaN, none is the highest.
+  const int64_t chosen = best.token == INT64_MAX ? 0 : best.token;
+  const bool over = task.stop_count > 0 && task.ended[row];
+  const int64_t token = over ? task.padding : chosen;
+  task.tokens[row * task.capacity + *task.length] = token;
+  for (int64_t i = 0; i < task.stop_count; ++i) {
+    if (task.stops[i] == token) task.ended[row] = 1;
+  }
+}
+
+template <typename T>
+const char* append_best(const AppendBest& task, void* stream) {
+  return launch(append_best_kernel<T>, dim3(static_cast<unsigned>(task.rows)), kBestThreads, task,
+                stream);
+}
+
 template <typename T>
 const char* add_norm(const AddNorm& task, void* stream) {
   void (*kernel)(AddNorm) = add_norm_kernel<T, kNormVectors>;
@@ -128,4 +185,11 @@ const char* auto_gptq_cuda_gate(const Gate* task, void* stream) {
   if (task->type == kFloat16) return gate<__half>(*task, stream);
   if (task->type == kBFloat16) return gate<__nv_bfloat16>(*task, stream);
   return gate<float>(*task, stream);
+}
+
+const char* auto_gptq_cuda_append_best(const AppendBest* task, void* stream) {
+  if (task->rows == 0) return nullptr;
+  if (task->type == kFloat16) return append_best<__half>(*task, stream);
+  if (task->type == kBFloat16) return append_best<__nv_bfloat16>(*task, stream);
+  return append_best<float>(*task, stream);
 }

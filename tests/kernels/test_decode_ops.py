@@ -132,6 +132,26 @@ def test_decode_attention_agrees_with_fp64(
         assert difference.max() < 4 * tolerance(dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocabulary", [1, 33, 32000, 50257])
+def test_append_best_takes_the_first_of_the_highest(device, dtype, vocabulary) -> None:
+    logits = torch.randn(4, vocabulary, device=device).to(dtype)
+    logits[1, vocabulary // 2 :] = logits[1].max()  # many are equal
+    logits[2, -1] = 100
+    best = torch.stack([(row == row.max()).nonzero()[0, 0] for row in logits])
+    tokens = torch.full((4, 9), -1, device=device)
+    length = torch.tensor([5], device=device)
+    ended = torch.tensor([False, False, False, True], device=device)
+    stops = torch.tensor([vocabulary + 1, vocabulary - 1], device=device)
+    ops.append_best(logits, tokens, length, ended, stops, 7)
+    assert tokens[:, 5].tolist() == [*best[:3].tolist(), 7]
+    assert (tokens[:, [0, 4, 6]] == -1).all()
+    assert ended.tolist() == [*(best[:3] == vocabulary - 1).tolist(), True]
+    before = ended.clone()
+    ops.append_best(logits, tokens, length + 1, ended, None, 7)
+    assert torch.equal(ended, before)
+
+
 def test_operators_pass_opcheck() -> None:
     case = attention_case(4, 2, 16, 16, torch.float32, norms=True)
     scratch = decode_ops.decode_scratch(3, 4, 2, 16, torch.device("cpu"))
