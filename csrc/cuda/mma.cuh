@@ -65,6 +65,13 @@ __device__ __forceinline__ void copy(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
+// Fill with zeros where there is nothing to copy.
+__device__ __forceinline__ void copy_or_clear(uint32_t to, const void* from, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(exists ? 16 : 0)
+               : "memory");
+}
+
 __device__ __forceinline__ void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Wait until at most PENDING groups are under way.
@@ -74,11 +81,14 @@ __device__ __forceinline__ void wait_for_groups() {
 }
 #else
 __device__ __forceinline__ uint64_t evict_first() { return 0; }
-__device__ __forceinline__ void copy(uint32_t to, const void* from) {
-  const uint4 v = *static_cast<const uint4*>(from);
+__device__ __forceinline__ void copy_or_clear(uint32_t to, const void* from, bool exists) {
+  const uint4 v = exists ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z),
                "r"(v.w)
                : "memory");
+}
+__device__ __forceinline__ void copy(uint32_t to, const void* from) {
+  copy_or_clear(to, from, true);
 }
 __device__ __forceinline__ void copy_once(uint32_t to, const void* from, uint64_t) {
   copy(to, from);

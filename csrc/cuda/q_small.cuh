@@ -28,11 +28,13 @@ struct Small {
   int32_t m, k, n;
   int32_t scale_stride;   // N'
   int32_t k_tiles;        // K' / 64
+  int32_t units;          // of the kernel
   int32_t groups;         // G
   int32_t run;            // 16, 32 or 64 places that share a scale
-  int32_t runs_of_group;
-  uint32_t group_of_run;  // multiplier: run r is in group umulhi(2 r + 1, group_of_run)
+  int32_t runs_of_group;  // or units
+  uint32_t group_of_run;  // multiplier: run (or unit) r is in group umulhi(2 r + 1, group_of_run)
   int32_t scale_bytes;    // 2 or 4
+  int32_t scale_shift;    // what makes a scale's bits those of a float: 16 for bf16, 0 for fp32
   int32_t warp_bytes;     // shared memory of a warp
   DataType scale_type;
 };
@@ -127,56 +129,81 @@ __device__ __forceinline__ T narrow(float value) {
   }
 }
 
-// NT: 8 rows of x each.  STAGES: tiles in the ring.  WHOLE: a tile never holds two groups.
-template <int BITS, typename T, int NT, int RW, int STAGES, bool WHOLE>
-struct SmallKernel {
-  static constexpr int kRuns = WHOLE ? 1 : 4;  // of a tile, each with scales of its own
-  static constexpr int kWeightBytes = RW * 128 * BITS;
-  // A chain of dependent products is long; one warp with little else to do keeps two.
-  static constexpr int kSplit = WHOLE && RW * NT == 1 ? 2 : 1;
+// What a stage of the ring holds: a unit of the inputs.
+enum Unit {
+  kPair,   // two tiles with one scale per output
+  kTile,   // one tile with one scale per output
+  kSteps,  // one tile whose four steps of 16 inputs have scales of their own
+};
 
-  // Shared memory of one stage of one warp: codes, then scales, then zeros of each run.
-  __host__ __device__ static int stage_bytes(int scale_bytes, bool zeros) {
-    return kWeightBytes + kRuns * 16 * RW * (scale_bytes + (zeros ? 1 : 0));
+// NT: 8 rows of x each.  RW: 16 outputs each.  STAGES: units in the ring.
+template <int BITS, typename T, int NT, int RW, int STAGES, Unit UNIT>
+struct SmallKernel {
+  static constexpr int kTiles = UNIT == kPair ? 2 : 1;  // of a unit
+  static constexpr int kGrids = UNIT == kSteps ? 4 : 1;
+  static constexpr int kTileBytes = RW * 128 * BITS;
+  static constexpr int kWeightBytes = kTiles * kTileBytes;
+  // Rows of x lie 16 bytes apart modulo 128, so that the 8 rows of a fragment meet no bank twice.
+  static constexpr int kPitch = kTiles * 128 + 16;
+
+  // Shared memory of one stage of one warp: codes, x, scales, zeros.
+  __host__ __device__ static int stage_bytes(int m, int scale_bytes, bool zeros) {
+    return kWeightBytes + m * kPitch + kGrids * 16 * RW * (scale_bytes + (zeros ? 1 : 0));
   }
 
   const Small& p;
   const int lane, first_row;  // first_row: of this block
-  char* const warp_memory;
-  const int bytes;  // of a stage
+  char* const ring;
+  const int bytes, grid_at;  // of a stage, and where its scales begin
+  int x_at;                  // where this lane's part of x begins in a stage
 
   __device__ SmallKernel(const Small& task, char* memory, int warp)
       : p(task),
         lane(threadIdx.x % 32),
         first_row(blockIdx.x * 16 * RW),
-        warp_memory(memory + warp * task.warp_bytes),
-        bytes(stage_bytes(task.scale_bytes, task.zeros != nullptr)) {}
+        ring(memory + warp * task.warp_bytes),
+        bytes(stage_bytes(task.m, task.scale_bytes, task.zeros != nullptr)),
+        grid_at(kWeightBytes + task.m * kPitch) {
+    // Rows beyond M only reach columns that nobody writes.
+    x_at = kWeightBytes + min(lane / 4, task.m - 1) * kPitch + (UNIT == kSteps ? 0 : lane % 4 * 32);
+  }
 
-  __device__ __forceinline__ char* x_memory() const { return warp_memory + STAGES * bytes; }
-
-  // What a lane copies of every tile, in pieces of 16 bytes: codes, and at most one piece of the
-  // scales and one of the zeros, of group 0 here.
+  // What a lane copies of the next unit, in pieces of 16 bytes: codes, x, and at most one piece of
+  // the scales and one of the zeros.
   struct Source {
     const char* codes;
-    const char* scales;  // null if this lane copies none
-    const uint8_t* zeros;
-    int scale_run, zero_run;  // of the tile's runs
+    const char* scales;    // of the unit's group, or of the first if UNIT is kSteps
+    const uint8_t* zeros;  // likewise
+    bool copies_scales, copies_zeros;
+    int left;  // units of this group that are still to come
+    const T* x;
+    int place;  // of x
     uint64_t policy;
   };
 
-  __device__ __forceinline__ Source source() const {
-    constexpr int kLog = RW == 4 ? 2 : RW / 2;  // of RW
-    const int row_tile = first_row / 16 % 4, scale_log = p.scale_bytes == 4 ? 2 : 1;
+  static constexpr int kLogRW = RW == 4 ? 2 : RW / 2;
+  static constexpr int kPieces = 8 * kTiles, kRows = 32 / kPieces;  // of a row of x; rows at once
+
+  __device__ __forceinline__ int scale_log() const {
+    return UNIT == kSteps && p.scale_bytes == 4 ? 2 : 1;
+  }
+
+  __device__ __forceinline__ Source source(int unit) const {
+    const int row_tile = first_row / 16 % 4, log = scale_log();
+    const int64_t of_rows = static_cast<int64_t>(first_row / kSide) * p.k_tiles;
     Source s;
-    s.codes = reinterpret_cast<const char*>(p.tiles) +
-              static_cast<int64_t>(first_row / kSide) * p.k_tiles * (512 * BITS) +
+    s.codes = reinterpret_cast<const char*>(p.tiles) + (of_rows + unit * kTiles) * (512 * BITS) +
               (BITS == 3 ? row_tile * 256 : row_tile * 128 * BITS) + 16 * lane;
-    s.scale_run = lane >> (kLog + scale_log);
-    s.scales = static_cast<const char*>(p.scales) + (first_row << scale_log) +
-               (lane & ((RW << scale_log) - 1)) * 16;
-    s.scales = s.scale_run < kRuns ? s.scales : nullptr;
-    s.zero_run = lane >> kLog;
-    s.zeros = p.zeros && s.zero_run < kRuns ? p.zeros + first_row + lane % RW * 16 : nullptr;
+    const int group = UNIT == kSteps ? 0 : group_of(unit);
+    const int64_t grid = static_cast<int64_t>(group) * p.scale_stride + first_row;
+    s.scales =
+        static_cast<const char*>(p.scales) + (grid << log) + (lane & ((RW << log) - 1)) * 16;
+    s.zeros = p.zeros + grid + lane % RW * 16;
+    s.copies_scales = lane >> (kLogRW + log) < kGrids;
+    s.copies_zeros = p.zeros && lane >> kLogRW < kGrids;
+    s.left = (group + 1) * p.runs_of_group - unit;
+    s.place = unit * (kTiles * kSide) + lane % kPieces * 8;
+    s.x = static_cast<const T*>(p.x) + (lane / kPieces * p.k + s.place);
     s.policy = evict_first();
     return s;
   }
@@ -185,178 +212,165 @@ struct SmallKernel {
     return min(static_cast<int>(__umulhi(2 * run + 1, p.group_of_run)), p.groups - 1);
   }
 
-  // The group of a tile's step.
-  __device__ __forceinline__ int group_at(int k_tile, int step) const {
-    return group_of(WHOLE ? k_tile : (4 * k_tile + step) / (p.run / 16));
+  // The group of the grid, one of four, that a lane copies pieces of.
+  __device__ __forceinline__ int64_t group_of_step(int unit, int lanes_log) const {
+    return group_of((4 * unit + (lane >> lanes_log)) / (p.run / 16));
   }
 
-  __device__ __forceinline__ void copy_tile(const Source& s, int k_tile, uint32_t to) const {
-    const char* codes = s.codes + static_cast<int64_t>(k_tile) * (512 * BITS);
-    constexpr int kPieces = kWeightBytes / 16;
+  // Copy the weight of a unit and go on to the next.
+  __device__ __forceinline__ void copy_weight(Source& s, int unit, uint32_t to) const {
+    constexpr int kCodePieces = kTileBytes / 16;
+    to += 16 * lane;
 #pragma unroll
-    for (int j = 0; j < (kPieces + 31) / 32; ++j) {
-      const int i = lane + 32 * j;
-      int64_t at = 512 * j;
-      if constexpr (BITS == 3) {  // the plane of the highest bits lies further on
-        if (i >= RW * 16) {
-          at += 1024 - RW * 256 - first_row / 16 % 4 * 128;
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int j = 0; j < (kCodePieces + 31) / 32; ++j) {
+        const int i = lane + 32 * j;
+        int at = 512 * BITS * t + 512 * j;
+        if constexpr (BITS == 3) {  // the plane of the highest bits lies further on
+          at += i < RW * 16 ? 0 : 1024 - RW * 256 - first_row / 16 % 4 * 128;
+        }
+        if (kCodePieces % 32 == 0 || i < kCodePieces) {
+          copy_once(to + kTileBytes * t + 512 * j, s.codes + at, s.policy);
         }
       }
-      if (kPieces % 32 == 0 || i < kPieces) {
-        copy_once(to + 16 * i, codes + at, s.policy);
+    }
+    s.codes += kTiles * 512 * BITS;
+    const uint32_t zeros_to = to + grid_at + (kGrids * 16 * RW << scale_log());
+    if constexpr (UNIT == kSteps) {
+      if (s.copies_scales) {
+        const int64_t row = group_of_step(unit, kLogRW + scale_log()) * p.scale_stride;
+        copy(to + grid_at, s.scales + (row << scale_log()));
       }
-    }
-    if (s.scales) {
-      const int64_t row = static_cast<int64_t>(group_at(k_tile, s.scale_run)) * p.scale_stride;
-      copy(to + kWeightBytes + 16 * lane, s.scales + row * p.scale_bytes);
-    }
-    if (s.zeros) {
-      const int64_t row = static_cast<int64_t>(group_at(k_tile, s.zero_run)) * p.scale_stride;
-      copy(to + kWeightBytes + kRuns * 16 * RW * p.scale_bytes + 16 * lane, s.zeros + row);
-    }
-  }
-
-  // Tiles whose x is in shared memory at a time.
-  __host__ __device__ static constexpr int chunk_tiles(int m) { return m == 1 ? 16 : m == 2 ? 8 : 4; }
-  __host__ __device__ static constexpr int x_pitch(int m) { return chunk_tiles(m) * 128 + 16; }
-
-  // Bring x of a chunk of tiles, places before `end`, into shared memory: of one row, each lane
-  // copies 8 places in every 4 tiles.
-  __device__ __forceinline__ void copy_x(int k_tile, int end) const {
-    constexpr int kAtOnce = 4;
-    const int first = k_tile * kSide + lane * 8;
-    const T* x = static_cast<const T*>(p.x) + first;
-    char* to = x_memory() + lane * 16;
-    const int unit_log = p.m == 1 ? 0 : p.m == 2 ? 1 : 30, copies = p.m <= 2 ? kAtOnce : p.m;
-    for (int base = 0; base < copies; base += kAtOnce) {
-      uint4 v[kAtOnce];
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        const int i = base + j, unit = i >> unit_log, row = i - (unit << unit_log);
-        v[j] = make_uint4(0, 0, 0, 0);
-        if (i < copies && first + unit * 256 < end) {
-          v[j] = *reinterpret_cast<const uint4*>(x + static_cast<int64_t>(row) * p.k + unit * 256);
-        }
+      if (s.copies_zeros) {
+        copy(zeros_to, s.zeros + group_of_step(unit, kLogRW) * p.scale_stride);
       }
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        const int i = base + j, unit = i >> unit_log, row = i - (unit << unit_log);
-        if (i < copies) {
-          *reinterpret_cast<uint4*>(to + row * x_pitch(p.m) + unit * 512) = v[j];
-        }
+    } else {
+      if (s.copies_scales) {
+        copy(to + grid_at, s.scales);
+      }
+      if (s.copies_zeros) {
+        copy(zeros_to, s.zeros);
+      }
+      if (--s.left == 0) {
+        s.left = p.runs_of_group;
+        s.scales += 2 * p.scale_stride;
+        s.zeros += p.scale_stride;
       }
     }
   }
 
-  // Add scale * (code - zero) x of one run to the totals.
+  // Copy x of a unit and go on to the next.
+  __device__ __forceinline__ void copy_x(Source& s, uint32_t to) const {
+    const int row = lane / kPieces;
+    const uint32_t at = to + kWeightBytes + row * kPitch + lane % kPieces * 16;
+    const bool exists = s.place < p.k;
+#pragma unroll
+    for (int j = 0; j < 8 * NT / kRows; ++j) {
+      if (j * kRows >= p.m) {
+        break;
+      }
+      if (row + j * kRows < p.m) {
+        copy_or_clear(at + j * kRows * kPitch, s.x + j * kRows * p.k, exists);
+      }
+    }
+    s.x += kTiles * kSide;
+    s.place += kTiles * kSide;
+  }
+
+  using Sums = float[kTiles][RW][NT][4];
+  using Ones = float[kTiles][NT][4];
+
+  // Add scale * (code - zero) x of one grid to the totals, which stay in units of Raw.
+  template <bool ZEROS>
   __device__ __forceinline__ void fold(float (&total)[RW][NT][4],
-                                       float (&sum)[kSplit][RW][NT][4],
-                                       float (&ones)[kSplit][NT][4],
+                                       const Sums& sum,
+                                       const Ones& ones,
                                        const char* stage,
-                                       int run) const {
+                                       int grid) const {
+    const char* scales = stage + grid_at;
+    const char* zeros = scales + (kGrids * 16 * RW << scale_log());
 #pragma unroll
     for (int r = 0; r < RW; ++r) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int at = (run * RW + r) * 16 + h * 8 + lane / 4;
-        const float scale = load_scale(stage + kWeightBytes, at, p.scale_type);
-        float zero = 1 << (BITS - 1);
-        if (p.zeros) {
-          const char* zeros = stage + kWeightBytes + kRuns * 16 * RW * p.scale_bytes;
-          zero = static_cast<float>(reinterpret_cast<const uint8_t*>(zeros)[at]);
+        const int at = (grid * RW + r) * 16 + h * 8 + lane / 4;
+        const float scale = widen_scale(scales, at);
+        const float unit = Raw<BITS, T>::unit(h);
+        float taken = -(Raw<BITS, T>::base() + unit * (1 << (BITS - 1)));
+        if (ZEROS) {
+          const float zero = reinterpret_cast<const uint8_t*>(zeros)[at];
+          taken = -(Raw<BITS, T>::base() + unit * zero);
         }
-        const float unit = Raw<BITS, T>::unit(h), factor = scale * (1.0f / unit);
-        const float taken = -(Raw<BITS, T>::base() + unit * zero);
 #pragma unroll
         for (int t = 0; t < NT; ++t) {
 #pragma unroll
-          for (int i = 2 * h; i < 2 * h + 2; ++i) {
-            float exact = sum[0][r][t][i] + taken * ones[0][t][i];
-            if (kSplit == 2) {
-              exact += sum[kSplit - 1][r][t][i] + taken * ones[kSplit - 1][t][i];
+          for (int i = 0; i < 2; ++i) {
+            float all = sum[0][r][t][2 * h + i], of_x = ones[0][t][i];
+            if (kTiles == 2) {
+              all += sum[kTiles - 1][r][t][2 * h + i];
+              of_x += ones[kTiles - 1][t][i];
             }
-            total[r][t][i] += factor * exact;
-          }
-        }
-      }
-    }
-#pragma unroll
-    for (int s = 0; s < kSplit; ++s) {
-#pragma unroll
-      for (int t = 0; t < NT; ++t) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          ones[s][t][i] = 0;
-#pragma unroll
-          for (int r = 0; r < RW; ++r) {
-            sum[s][r][t][i] = 0;
+            total[r][t][2 * h + i] += scale * (all + taken * of_x);
           }
         }
       }
     }
   }
 
-  // Give the B operands of a tile's four steps.
-  __device__ __forceinline__ void read_x(uint32_t (&b)[NT][8], int tile_of_chunk) const {
+  __device__ __forceinline__ float widen_scale(const char* scales, int at) const {
+    uint32_t bits = 0;
+    if (UNIT == kSteps && p.scale_bytes == 4) {
+      bits = reinterpret_cast<const uint32_t*>(scales)[at];
+    } else {
+      bits = reinterpret_cast<const uint16_t*>(scales)[at];
+    }
+    const float half = __half2float(__ushort_as_half(static_cast<uint16_t>(bits)));
+    return p.scale_type == kFloat16 ? half : __uint_as_float(bits << p.scale_shift);
+  }
+
+  // The B operands of a tile's four steps.
+  __device__ __forceinline__ void read_x(uint32_t (&b)[NT][8], const char* stage, int tile) const {
 #pragma unroll
     for (int t = 0; t < NT; ++t) {
-      // Rows beyond M only reach columns that nobody writes.
-      const int row = min(t * 8 + lane / 4, p.m - 1);
-      const char* x = x_memory() + row * x_pitch(p.m) + tile_of_chunk * 128;
-      if constexpr (WHOLE) {
-        const uint4* from = reinterpret_cast<const uint4*>(x + lane % 4 * 32);
-        const uint4 u = from[0], v = from[1];
-        b[t][0] = u.x, b[t][1] = u.y, b[t][2] = u.z, b[t][3] = u.w;
-        b[t][4] = v.x, b[t][5] = v.y, b[t][6] = v.z, b[t][7] = v.w;
-      } else {
+      int at = x_at;
+      if (t == 1) {
+        at += (min(8 + lane / 4, p.m - 1) - lane / 4) * kPitch;
+      }
+      const char* x = stage + at + tile * 128;
+      if constexpr (UNIT == kSteps) {
 #pragma unroll
         for (int s = 0; s < 4; ++s) {
           const uint2 u = *reinterpret_cast<const uint2*>(x + 2 * place_of(s, lane % 4, p.run));
           b[t][2 * s] = u.x, b[t][2 * s + 1] = u.y;
         }
+      } else {
+        const uint4* from = reinterpret_cast<const uint4*>(x);
+        const uint4 u = from[0], v = from[1];
+        b[t][0] = u.x, b[t][1] = u.y, b[t][2] = u.z, b[t][3] = u.w;
+        b[t][4] = v.x, b[t][5] = v.y, b[t][6] = v.z, b[t][7] = v.w;
       }
     }
   }
 
-  __device__ __forceinline__ void run_warp(int first_tile, int last_tile) const {
-    let_next_kernel_start();
-    const Source from = source();
-    const uint32_t ring = shared_address(warp_memory), ring_end = ring + STAGES * bytes;
-    uint32_t slot = ring;
-#pragma unroll 1
-    for (int tile = first_tile; tile < first_tile + STAGES; ++tile, slot += bytes) {
-      if (tile < last_tile) {
-        copy_tile(from, tile, slot);
-      }
-      end_group();
-    }
-    wait_for_previous_kernel();
+  __device__ __forceinline__ void multiply(float (&total)[RW][NT][4], const char* stage) const {
     const uint32_t one = Pairs<T>::constant(1.0f), all_ones[4] = {one, one, one, one};
-    float total[RW][NT][4] = {}, sum[kSplit][RW][NT][4] = {}, ones[kSplit][NT][4] = {};
-    slot = ring;
-    const char* stage = warp_memory;
-    int left = WHOLE ? (group_of(first_tile) + 1) * p.runs_of_group - first_tile : 0;
-#pragma unroll 1
-    for (int tile = first_tile; tile < last_tile; ++tile) {
-      const int of_chunk = (tile - first_tile) & (chunk_tiles(p.m) - 1);
-      if (of_chunk == 0) {
-        __syncwarp();
-        copy_x(tile, min(last_tile * kSide, p.k));
-      }
-      wait_for_groups<STAGES - 1>();
-      __syncwarp();
+    Sums sum = {};
+    Ones ones = {};
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      uint32_t b[NT][8];
+      read_x(b, stage, tile);
       LaneCodes<BITS> codes[RW];
 #pragma unroll
       for (int r = 0; r < RW; ++r) {
-        codes[r] = read_codes<BITS>(stage, r, RW, lane);
+        codes[r] = read_codes<BITS>(stage + kTileBytes * tile, r, RW, lane);
       }
-      uint32_t b[NT][8];
-      read_x(b, of_chunk);
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
 #pragma unroll
         for (int t = 0; t < NT; ++t) {
-          mma<T>(ones[s % kSplit][t], all_ones, b[t][2 * s], b[t][2 * s + 1]);
+          mma<T>(ones[tile][t], all_ones, b[t][2 * s], b[t][2 * s + 1]);
         }
 #pragma unroll
         for (int r = 0; r < RW; ++r) {
@@ -364,38 +378,96 @@ struct SmallKernel {
           Raw<BITS, T>::operand(codes[r], s, a);
 #pragma unroll
           for (int t = 0; t < NT; ++t) {
-            mma<T>(sum[s % kSplit][r][t], a, b[t][2 * s], b[t][2 * s + 1]);
+            mma<T>(sum[tile][r][t], a, b[t][2 * s], b[t][2 * s + 1]);
           }
         }
-        if (!WHOLE) {
-          fold(total, sum, ones, stage, s);
+        if constexpr (UNIT == kSteps) {
+          if (p.zeros) {
+            fold<true>(total, sum, ones, stage, s);
+          } else {
+            fold<false>(total, sum, ones, stage, s);
+          }
+          clear(sum, ones);
         }
       }
-      if (WHOLE && (--left == 0 || tile + 1 == last_tile)) {
-        fold(total, sum, ones, stage, 0);
-        left = p.runs_of_group;
+    }
+    if constexpr (UNIT != kSteps) {
+      if (p.zeros) {
+        fold<true>(total, sum, ones, stage, 0);
+      } else {
+        fold<false>(total, sum, ones, stage, 0);
       }
+    }
+  }
+
+  __device__ __forceinline__ static void clear(Sums& sum, Ones& ones) {
+#pragma unroll
+    for (int t = 0; t < NT; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        ones[0][t][i] = 0;
+#pragma unroll
+        for (int r = 0; r < RW; ++r) {
+          sum[0][r][t][i] = 0;
+        }
+      }
+    }
+  }
+
+  // Multiply by the units [first, last) and leave this warp's part of the sums in its memory.
+  __device__ __forceinline__ void run_warp(int first, int last) const {
+    let_next_kernel_start();
+    Source from = source(first);
+    const uint32_t begin = shared_address(ring), end = begin + STAGES * bytes;
+#pragma unroll 1
+    for (int i = 0; i < STAGES; ++i) {
+      if (first + i < last) {
+        copy_weight(from, first + i, begin + i * bytes);
+      }
+      end_group();
+    }
+    wait_for_previous_kernel();
+#pragma unroll 1
+    for (int i = 0; i < STAGES; ++i) {
+      if (first + i < last) {
+        copy_x(from, begin + i * bytes);
+      }
+      end_group();
+    }
+    float total[RW][NT][4] = {};
+    uint32_t slot = begin;
+    const char* stage = ring;
+#pragma unroll 1
+    for (int unit = first; unit < last; ++unit) {
+      // Groups end in the order of units, those of weights before those of x: what is under way
+      // after this belongs to the next STAGES - 1 units.
+      wait_for_groups<STAGES - 1>();
       __syncwarp();
-      if (tile + STAGES < last_tile) {
-        copy_tile(from, tile + STAGES, slot);
+      multiply(total, stage);
+      __syncwarp();
+      if (unit + STAGES < last) {
+        copy_weight(from, unit + STAGES, slot);
+        copy_x(from, slot);
       }
       end_group();
       slot += bytes;
       stage += bytes;
-      if (slot == ring_end) {
-        slot = ring;
-        stage = warp_memory;
+      if (slot == end) {
+        slot = begin;
+        stage = ring;
       }
     }
     wait_for_groups<0>();
     __syncwarp();
-    float4* mine = reinterpret_cast<float4*>(warp_memory);
+    float4* mine = reinterpret_cast<float4*>(ring);
 #pragma unroll
     for (int r = 0; r < RW; ++r) {
 #pragma unroll
       for (int t = 0; t < NT; ++t) {
         const float* v = total[r][t];
-        mine[(r * NT + t) * 32 + lane] = make_float4(v[0], v[1], v[2], v[3]);
+        const float upper = 1.0f / Raw<BITS, T>::unit(0), lower = 1.0f / Raw<BITS, T>::unit(1);
+        mine[(r * NT + t) * 32 + lane] =
+            make_float4(v[0] * upper, v[1] * upper, v[2] * lower, v[3] * lower);
       }
     }
   }
@@ -421,19 +493,18 @@ struct SmallKernel {
   }
 };
 
-template <int BITS, typename T, int NT, int RW, int STAGES, bool WHOLE>
+template <int BITS, typename T, int NT, int RW, int STAGES, Unit UNIT>
 __global__ void __launch_bounds__(512) q_small(const __grid_constant__ Small task) {
   extern __shared__ __align__(16) char memory[];
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32, log = __ffs(warps) - 1;
-  const SmallKernel<BITS, T, NT, RW, STAGES, WHOLE> kernel(task, memory, warp);
-  kernel.run_warp(task.k_tiles * warp >> log, task.k_tiles * (warp + 1) >> log);
+  const SmallKernel<BITS, T, NT, RW, STAGES, UNIT> kernel(task, memory, warp);
+  kernel.run_warp(task.units * warp >> log, task.units * (warp + 1) >> log);
   __syncthreads();
   kernel.write(memory, warps);
 }
 
 inline Small describe(const Product& product) {
   const Tiled& weight = product.weight;
-  const int64_t runs = weight.group_size / weight.run;
   Small task{};
   task.tiles = weight.tiles;
   task.scales = weight.scales;
@@ -448,50 +519,59 @@ inline Small describe(const Product& product) {
   task.k_tiles = (task.k + kSide - 1) / kSide;
   task.groups = static_cast<int32_t>(weight.groups);
   task.run = weight.run;
-  task.runs_of_group = static_cast<int32_t>(runs);
-  task.group_of_run = static_cast<uint32_t>(((int64_t{1} << 32) + 2 * runs - 1) / (2 * runs));
   task.scale_bytes = weight.scale_type == kFloat32 ? 4 : 2;
+  task.scale_shift = weight.scale_type == kBFloat16 ? 16 : 0;
   task.scale_type = weight.scale_type;
   return task;
 }
 
-template <int BITS, typename T, int NT, int RW, int STAGES, bool WHOLE>
+template <int BITS, typename T, int NT, int RW, int STAGES, Unit UNIT>
 const char* start_small(const Product& product, int warps, cudaStream_t stream) {
-  using Kernel = SmallKernel<BITS, T, NT, RW, STAGES, WHOLE>;
+  using Kernel = SmallKernel<BITS, T, NT, RW, STAGES, UNIT>;
   Small task = describe(product);
-  const int ring = STAGES * Kernel::stage_bytes(task.scale_bytes, task.zeros != nullptr);
-  const int bytes = ring + task.m * Kernel::x_pitch(task.m), partial = RW * NT * 512;
-  task.warp_bytes = (bytes > partial ? bytes : partial) + 15 & ~15;
+  task.units = task.k_tiles / Kernel::kTiles;
+  const int64_t runs = product.weight.group_size / (UNIT == kPair ? 128 : task.run);
+  task.runs_of_group = static_cast<int32_t>(runs);
+  task.group_of_run = static_cast<uint32_t>(((int64_t{1} << 32) + 2 * runs - 1) / (2 * runs));
+  const int stage = Kernel::stage_bytes(task.m, task.scale_bytes, task.zeros != nullptr);
+  const int partial = RW * NT * 512;
+  task.warp_bytes = STAGES * stage > partial ? STAGES * stage : partial;
   const Device& device = current_device();
   while (warps > 1 && warps * task.warp_bytes > device.shared_bytes) {
     warps /= 2;
   }
-  const auto kernel = q_small<BITS, T, NT, RW, STAGES, WHOLE>;
+  const auto kernel = q_small<BITS, T, NT, RW, STAGES, UNIT>;
   return launch(kernel, task, task.scale_stride / (16 * RW), 32 * warps, warps * task.warp_bytes,
                 stream);
 }
 
-template <int BITS, typename T, bool WHOLE>
+template <int BITS, typename T, Unit UNIT>
 const char* start_small(const Product& product, SmallConfig config, cudaStream_t stream) {
   if (product.m > 8) {
-    // A lane copies one piece of the scales: too few for 64 outputs with 4 runs in fp32.
-    return config.row_tiles == 4 && WHOLE
-               ? start_small<BITS, T, 2, 4, 4, WHOLE>(product, config.warps, stream)
-               : start_small<BITS, T, 2, 2, 4, WHOLE>(product, config.warps, stream);
+    // A lane copies one piece of the scales: too few for 64 outputs with 4 grids in fp32.
+    return config.row_tiles == 4 && UNIT != kSteps
+               ? start_small<BITS, T, 2, 4, 2, UNIT>(product, config.warps, stream)
+               : start_small<BITS, T, 2, 2, 2, UNIT>(product, config.warps, stream);
   }
-  return config.row_tiles == 1 ? start_small<BITS, T, 1, 1, 8, WHOLE>(product, config.warps, stream)
-                               : start_small<BITS, T, 1, 2, 8, WHOLE>(product, config.warps, stream);
+  return config.row_tiles == 1 ? start_small<BITS, T, 1, 1, 4, UNIT>(product, config.warps, stream)
+                               : start_small<BITS, T, 1, 2, 4, UNIT>(product, config.warps, stream);
+}
+
+template <int BITS, typename T>
+const char* start_small(const Product& product, SmallConfig config, cudaStream_t stream) {
+  const Tiled& weight = product.weight;
+  if (weight.run != kSide || weight.scale_type == kFloat32) {
+    return start_small<BITS, T, kSteps>(product, config, stream);
+  }
+  const bool paired = weight.group_size % 128 == 0 && (weight.k + kSide - 1) / kSide % 2 == 0;
+  return paired ? start_small<BITS, T, kPair>(product, config, stream)
+                : start_small<BITS, T, kTile>(product, config, stream);
 }
 
 template <int BITS>
 const char* start_small(const Product& product, SmallConfig config, cudaStream_t stream) {
-  const bool whole = product.weight.run == kSide;
-  if (product.type == kFloat16) {
-    return whole ? start_small<BITS, __half, true>(product, config, stream)
-                 : start_small<BITS, __half, false>(product, config, stream);
-  }
-  return whole ? start_small<BITS, __nv_bfloat16, true>(product, config, stream)
-               : start_small<BITS, __nv_bfloat16, false>(product, config, stream);
+  return product.type == kFloat16 ? start_small<BITS, __half>(product, config, stream)
+                                  : start_small<BITS, __nv_bfloat16>(product, config, stream);
 }
 
 }  // namespace auto_gptq
