@@ -96,7 +96,7 @@ def ours(x: Tensor, k: int, n: int, kind: Kind) -> tuple[Product, int]:
 
 
 def humming(x: Tensor, k: int, n: int, kind: Kind) -> tuple[Product, int]:
-    """Multiply by Humming's layer with its own choice of kernel, which it compiles when first used."""
+    """Multiply by Humming's layer with its own choice of kernel, compiled when first used."""
     from humming.layer import HummingLayer
 
     settings = {"dtype": f"int{kind.bits}", "group_size": max(kind.group_size, 0)}

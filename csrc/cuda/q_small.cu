@@ -18,9 +18,8 @@ struct Row {
 };
 
 constexpr Row kTable[] = {
-    {8, 0, {1, 8}},
-    {16, 8192, {4, 8}},
-    {16, 0, {2, 8}},
+    {8, 0, {2, 8, 1, 1, 1 << 20}},
+    {16, 0, {2, 8, 1, 1, 1 << 20}},
 };
 
 SmallConfig choose(const Product& product) {
@@ -29,7 +28,12 @@ SmallConfig choose(const Product& product) {
       return row.config;
     }
   }
-  return {2, 8};
+  return kTable[0].config;
+}
+
+// Little of x is sorted by each block of the kernel itself, which saves a kernel in front of it.
+bool sorts_itself(const Product& product) {
+  return product.m <= 2 && product.m * product.weight.k <= 16384;
 }
 
 struct Gather {
@@ -78,14 +82,19 @@ int64_t auto_gptq_cuda_sorted_x_bytes(const Product* product) {
   return product->weight.perm ? 2 * product->m * product->weight.k : 0;
 }
 
+int64_t auto_gptq_cuda_q_small_workspace(const Product* product) {
+  return sorts_itself(*product) ? 0 : auto_gptq_cuda_sorted_x_bytes(product);
+}
+
 const char* auto_gptq_cuda_q_small(const Product* given, void* stream) {
   Product product = *given;
-  if (product.weight.perm) {
+  if (product.weight.perm && !sorts_itself(product)) {
     const char* failure = auto_gptq_cuda_gather(given, stream);
     if (failure) {
       return failure;
     }
     product.x = product.workspace;
+    product.weight.perm = nullptr;
   }
   const SmallConfig config = choose(product);
   const auto on = static_cast<cudaStream_t>(stream);
