@@ -1,17 +1,13 @@
 // Into tiles, and out of them into the dense weight.
 #include <cuda_runtime.h>
 
+#include "device.h"
 #include "tiles.cuh"
 
 namespace auto_gptq {
 namespace {
 
 __host__ __device__ int64_t tiles_of(int64_t size) { return (size + kSide - 1) / kSide; }
-
-const char* outcome() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
 
 template <int BITS>
 __device__ uint32_t packed_code(const int32_t* qweight, int64_t n_stride, int64_t k, int64_t n) {
@@ -181,7 +177,7 @@ const char* auto_gptq_cuda_repack_tiles(const int32_t* qweight, const Tiled* wei
     default:
       repack<8><<<blocks, 128, 0, on>>>(qweight, *weight);
   }
-  return outcome();
+  return outcome(cudaGetLastError());
 }
 
 const char* auto_gptq_cuda_dequantize_tiles(const Tiled* weight,
@@ -204,5 +200,5 @@ const char* auto_gptq_cuda_dequantize_tiles(const Tiled* weight,
     default:
       start_dequantize<8>(*weight, n_begin, n_end, dense, type, on);
   }
-  return outcome();
+  return outcome(cudaGetLastError());
 }

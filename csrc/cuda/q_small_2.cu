@@ -1,0 +1,8 @@
+// The kernels of q_small.cuh for 2 bits: a file of their own, for compilers to work side by side.
+#include "q_small.cuh"
+
+const char* auto_gptq::start_small_2(const Product& product,
+                                      SmallConfig config,
+                                      cudaStream_t stream) {
+  return start_small<2>(product, config, stream);
+}
