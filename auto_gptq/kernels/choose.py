@@ -36,6 +36,7 @@ class Kernel:
     capability: tuple[int, int] | None = None  # the least, of an NVIDIA GPU
     native: bool = False  # whether it lies in auto_gptq/_native.so
     triton: bool = False  # whether Triton compiles it
+    step: int = 16  # what the group size must be a multiple of, in tiles
 
     def refusal(self, weight: Weight) -> str | None:
         """Say why this kernel cannot serve a weight, or None if it can."""
@@ -48,6 +49,8 @@ class Kernel:
             obstacle = weight.unfit or find_obstacle(weight.bits, weight.group_size)
             if obstacle is not None:
                 yield obstacle
+            if weight.group_size != -1 and weight.group_size % self.step:
+                yield f"group_size is {weight.group_size}, which is not a multiple of {self.step}"
         if self.native and not native.load():
             yield native.reason()
         if self.triton and _triton_failure() is not None:
@@ -67,7 +70,8 @@ class Kernel:
 KERNELS = (
     Kernel("cuda", "tiles", "cuda", capability=(7, 5), native=True),
     Kernel("triton", "tiles", "cuda", triton=True),
-    Kernel("cpu", "gptq", "cpu", native=True),
+    Kernel("cpu", "tiles", "cpu", native=True, step=32),
+    Kernel("cpu-fp32", "gptq", "cpu", native=True),
     Kernel("torch", "gptq", None),
 )
 
