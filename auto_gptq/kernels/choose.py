@@ -46,11 +46,7 @@ class Kernel:
         if self.device not in (None, weight.device.type):
             yield f"the weight is on {weight.device}, not on {self.device}"
         if self.layout == "tiles":
-            obstacle = weight.unfit or find_obstacle(weight.bits, weight.group_size)
-            if obstacle is not None:
-                yield obstacle
-            if weight.group_size != -1 and weight.group_size % self.step:
-                yield f"group_size is {weight.group_size}, which is not a multiple of {self.step}"
+            yield from self._refusals_of_tiles(weight)
         if self.native and not native.load():
             yield native.reason()
         if self.triton and _triton_failure() is not None:
@@ -64,6 +60,13 @@ class Kernel:
             if found < self.capability:
                 needed = "sm_{}{}".format(*self.capability)
                 yield "{} is sm_{}{}, older than {}".format(weight.device, *found, needed)
+
+    def _refusals_of_tiles(self, weight: Weight) -> Iterator[str]:
+        obstacle = weight.unfit or find_obstacle(weight.bits, weight.group_size)
+        if obstacle is not None:
+            yield obstacle
+        if weight.group_size != -1 and weight.group_size % self.step:
+            yield f"group_size is {weight.group_size}, which is not a multiple of {self.step}"
 
 
 # The first that serves a weight is taken.

@@ -21,8 +21,9 @@ Product = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class _Tiled:
-    """The arguments of ``q_matmul`` after its input."""
+    """The operator over tiles and its arguments after the input."""
 
+    operator: Callable[..., Tensor]
     tiles: Tensor  # [N' / 64, K' / 64, 128 * bits] int32
     scales: Tensor  # [G, N']
     zeros: Tensor | None  # [G, N'] uint8
@@ -31,10 +32,9 @@ class _Tiled:
     settings: tuple[int, int, int, int]  # bits, group_size, K, N
 
     def __call__(self, x: Tensor) -> Tensor:  # [..., K] → [..., N]
-        output: Tensor = torch.ops.auto_gptq.q_matmul.default(
+        return self.operator(
             x, self.tiles, self.scales, self.zeros, self.perm, self.bias, *self.settings
         )
-        return output
 
     @staticmethod
     def of(layer: QuantLinear) -> _Tiled:
@@ -42,7 +42,17 @@ class _Tiled:
         tiles, scales = named["tiles"], named["tile_scales"]
         assert tiles is not None and scales is not None
         settings = layer.bits, layer.group_size, layer.in_features, layer.out_features
-        return _Tiled(tiles, scales, named["tile_zeros"], named["perm"], layer.bias, settings)
+        ops = torch.ops.auto_gptq
+        operator = ops.q_matmul_int8 if layer.int8_activations else ops.q_matmul
+        return _Tiled(
+            operator.default,
+            tiles,
+            scales,
+            named["tile_zeros"],
+            named["perm"],
+            layer.bias,
+            settings,
+        )
 
 
 def product(linears: Sequence[nn.Module]) -> Product:
@@ -69,7 +79,7 @@ def find_obstacle(layers: Sequence[QuantLinear]) -> str | None:
     """Say why prepared layers cannot be one matrix, or None if they can."""
     first = layers[0]
     for layer in layers[1:]:
-        for name in ("bits", "group_size", "in_features"):
+        for name in ("bits", "group_size", "in_features", "int8_activations"):
             if getattr(layer, name) != getattr(first, name):
                 return f"{name} is {getattr(layer, name)} beside {getattr(first, name)}"
         own, other = layer._buffers["perm"], first._buffers["perm"]
@@ -96,6 +106,7 @@ def _side_by_side(layers: Sequence[QuantLinear]) -> Product:
         layer._buffers["tiles"] = view
     bits, group_size, in_features, _ = first.settings
     return _Tiled(
+        first.operator,
         tiles,
         torch.cat([part.scales for part in parts], 1),
         _zeros(parts, bits),
