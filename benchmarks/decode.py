@@ -82,8 +82,8 @@ def quantized(linear: Any, bits: int, device: torch.device) -> QuantLinear:
     return layer
 
 
-def per_second(work: Callable[[int], torch.Tensor], tokens: int, repeats: int = 3) -> float:
-    """Give the median of new tokens per second of calls after one that does not count."""
+def per_second(work: Callable[[int], torch.Tensor], tokens: int, repeats: int) -> float:
+    """Give the median of new tokens per second of calls after a short one that does not count."""
     speeds = []
     work(min(tokens, 24))
     for _ in range(repeats):
@@ -107,63 +107,66 @@ PROMPT = 16
 def rows(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
     """Measure one way of generating after the other."""
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    name = "fp16" if device.type == "cuda" else "fp32"
+    ours = f"{options.bits} bits"
     few = min(options.tokens, 32)  # transformers' own loop is slow, and as slow at each token
-    prompt = torch.randint(3, 500, (1, PROMPT), device=device)
 
     def row(weights: str, loop: str, work: Any, tokens: int, **asked: Any) -> dict[str, Any]:
+        batch, repeats = (
+            asked.pop("batch", 1),
+            3 if weights == ours and loop != "transformers" else 1,
+        )
+        prompt = torch.randint(3, 500, (batch, PROMPT), device=device)
         asked = {"input_ids": prompt, "do_sample": False} | asked
-        speed = per_second(lambda n: work(**asked, max_new_tokens=n), tokens)
-        return {"weights": weights, "loop": loop, "new tokens": tokens, "tokens/s": speed}
+        speed = batch * per_second(lambda n: work(**asked, max_new_tokens=n), tokens, repeats)
+        return {
+            "weights": weights, "loop": loop, "batch": batch, "new tokens": tokens,
+            "runs": repeats, "tokens/s": speed,
+        }  # fmt: skip
 
     model = build(options.model, device, dtype, options.bits)
-    ours = f"{options.bits} bits"
-    here = row(ours, "auto_gptq", lambda **kw: generate(model, **kw), options.tokens)
-    yield here
-    asked = {"do_sample": True, "top_k": 50, "top_p": 0.9, "temperature": 0.8}
-    yield row(
-        ours, "auto_gptq, sampled", lambda **kw: generate(model, **kw), options.tokens, **asked
-    )
+
+    def here(**asked: Any) -> torch.Tensor:
+        return generate(model, **asked)
+
+    yield row(ours, "auto_gptq", here, options.tokens)
+    sampled = {"do_sample": True, "top_k": 50, "top_p": 0.9, "temperature": 0.8}
+    yield row(ours, "auto_gptq, sampled", here, options.tokens, **sampled)
+    yield row(ours, "auto_gptq", here, options.tokens, batch=8)
     yield row(ours, "transformers", model.generate, few)
     if device.type == "cuda":
-        for part, microseconds in parts(model, options.tokens).items():
-            yield {
-                "weights": ours,
-                "loop": part,
-                "new tokens": "us/token",
-                "tokens/s": microseconds,
-            }
+        options.parts = parts(model, PROMPT + options.tokens // 2)
     del model
     gc.collect()
     if not options.no_dense:
+        name = "fp16" if device.type == "cuda" else "fp32"
         model = build(options.model, device, dtype, None)
         yield row(name, "transformers", model.generate, few)
-        yield row(name, "auto_gptq", lambda **kw: generate(model, **kw), options.tokens)
+        yield row(name, "auto_gptq", here, options.tokens)
         if options.compiled:
             static = {"cache_implementation": "static"}
             yield row(name, "transformers, compiled", model.generate, options.tokens, **static)
 
 
 def parts(model: Any, length: int) -> dict[str, float]:
-    """Give the microseconds of the parts of a step on the GPU, each as a graph of its own."""
+    """Give the microseconds of the parts of a step on the GPU, each as a graph of its own.
+
+    :param length: tokens in the cache
+    """
     with torch.inference_mode():
         decoder = LlamaDecoder(model)
         decoder.reserve(1, 1024)
-        decoder.prefill(
-            torch.full((1, length // 2), 7, device="cuda"), torch.zeros(1).cuda().long()
-        )
-        blocks, room = decoder._blocks, decoder._room
-        assert room is not None
-        tokens = torch.full((1,), 7, device="cuda")
+        start = torch.zeros(1, dtype=torch.long, device="cuda")
+        decoder.prefill(torch.full((1, length), 7, device="cuda"), start)
+        tokens, blocks = torch.full((1,), 7, device="cuda"), decoder._blocks
         hidden = torch.zeros(1, model.config.hidden_size, device="cuda", dtype=torch.float16)
-        attended, inner = blocks[0].qkv(hidden)[:, : hidden.shape[1]], blocks[0].gate_up(hidden)
-        inner = inner[:, : inner.shape[1] // 2].contiguous()
-        attended = attended.contiguous()
+        inner = torch.zeros(1, model.config.intermediate_size, device="cuda", dtype=torch.float16)
 
         def products() -> None:
             for block in blocks:
-                block.qkv(hidden), block.attention_out(attended)
-                block.gate_up(hidden), block.down(inner)
+                block.qkv(hidden)
+                block.attention_out(hidden)
+                block.gate_up(hidden)
+                block.down(inner)
 
         works: dict[str, Callable[[], Any]] = {
             "whole step": lambda: decoder.step(tokens),
@@ -205,12 +208,19 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     print(native.reason())
+    options.parts = {}
     found = []
     for row in rows(options, device):
         found.append(row)
         print(row, flush=True)
     print(table(found))
-    content = {"model": options.model, "prompt tokens": PROMPT, "rows": found}
+    content = {
+        "model": options.model,
+        "prompt tokens": PROMPT,
+        "rows": found,
+        "microseconds of a step": options.parts,
+    }
+    print(options.parts)
     print(save(f"decode-{device.type}-{options.model}", content, options.results))
 
 
