@@ -16,6 +16,7 @@ from ..architectures import Architecture, find
 from ..calibration.examples import make_batches
 from ..checkpoint.writer import Files
 from ..errors import QuantizedStateError
+from ..generation.generate import generate
 from ..nn_modules.surgery import prepare
 from ..pipeline.quantize import quantize_model
 from ..pipeline.report import ModuleReport
@@ -140,9 +141,12 @@ class BaseGPTQForCausalLM(FormerMethods):
         return self.model(*args, **kwargs)
 
     def generate(self, **kwargs: Any) -> Any:
-        """Generate with the wrapped model; takes keyword arguments only, as AutoGPTQ's did."""
+        """Do what the wrapped model's ``generate`` does, with a faster loop where there is one.
+
+        Takes keyword arguments only, as AutoGPTQ's did.
+        """
         with torch.inference_mode():
-            return self.model.generate(**kwargs)  # type: ignore[operator]
+            return generate(self.model, **kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """Call the wrapped model's method of that name."""
