@@ -6,13 +6,17 @@ layout runs is decided by shape, inside the operator (csrc/cuda/q_matmul.cu).
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from ..formats.tiles import find_obstacle
-from . import native
+from . import native, self_test
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,10 @@ class Kernel:
             if found < self.capability:
                 needed = "sm_{}{}".format(*self.capability)
                 yield "{} is sm_{}{}, older than {}".format(weight.device, *found, needed)
+        if self.layout == "tiles":
+            wrong = self_test.failure(weight.device, weight.bits)
+            if wrong is not None:
+                yield f"its self-test fails: {wrong}"
 
 
 # The first that serves a weight is taken.
@@ -72,8 +80,16 @@ KERNELS = (
 
 
 def choose(weight: Weight) -> Kernel:
-    """Take the first kernel that can serve a weight; plain torch serves each."""
-    return next(kernel for kernel in KERNELS if kernel.refusal(weight) is None)
+    """Take the first kernel that can serve a weight; plain torch serves each, and is warned of."""
+    kernel = next(kernel for kernel in KERNELS if kernel.refusal(weight) is None)
+    if not kernel.native:
+        _warn_once(weight.device.type, explain(weight))
+    return kernel
+
+
+@functools.cache
+def _warn_once(device: str, why: str) -> None:
+    logger.warning("Quantized layers on %s run on plain torch, which is slow:\n%s", device, why)
 
 
 def explain(weight: Weight) -> str:
