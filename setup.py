@@ -27,8 +27,16 @@ SOURCES = sorted(map(str, [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("
 CUDA_SOURCES = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in (".h", ".cuh"))
 # Real code for what data centres and desks have, and PTX for what comes.  AUTO_GPTQ_CUDA_TARGETS=90
-# builds for one of them, in a fifth of the time.
+# builds for one of them, in a fifth of the time; AUTO_GPTQ_CUDA_TARGETS= leaves CUDA out.
 CUDA_TARGETS = os.environ.get("AUTO_GPTQ_CUDA_TARGETS", "75 80 86 89 90").split()
+
+
+def cuda_options(source: str) -> list[str]:
+    """Give the architectures that a file is for: one named *sm90* uses what only Hopper has."""
+    if "sm90" in Path(source).name:
+        return ["-gencode=arch=compute_90a,code=sm_90a"]
+    real = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in CUDA_TARGETS]
+    return [*real, "-gencode=arch=compute_{0},code=compute_{0}".format(CUDA_TARGETS[-1])]
 
 
 def find_torch() -> Path | None:
@@ -91,19 +99,17 @@ class BuildNative(build_ext):
 
     def build_extension(self, extension: Extension) -> None:
         nvcc = shutil.which("nvcc")
-        if nvcc is not None:
+        if nvcc is not None and CUDA_TARGETS:
             self.add_cuda(extension, Path(nvcc))
         super().build_extension(extension)
 
     def add_cuda(self, extension: Extension, nvcc: Path) -> None:
         """Compile the GPU kernels, which know no torch, and link CUDA's runtime in."""
-        targets = [f"-gencode=arch=compute_{t},code=sm_{t}" for t in CUDA_TARGETS]
-        targets.append("-gencode=arch=compute_{0},code=compute_{0}".format(CUDA_TARGETS[-1]))
         for source in CUDA_SOURCES:
             target = Path(self.build_temp) / f"{Path(source).stem}.cuda.o"
             target.parent.mkdir(parents=True, exist_ok=True)
             options = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
-            self.spawn([str(nvcc), *options, *targets, "-c", source, "-o", str(target)])
+            self.spawn([str(nvcc), *options, *cuda_options(source), "-c", source, "-o", str(target)])
             extension.extra_objects.append(str(target))
         extension.define_macros.append(("AUTO_GPTQ_CUDA", "1"))
         extension.library_dirs += cuda_libraries(nvcc)
