@@ -56,18 +56,21 @@ class Kernel:
         if self.native and not native.load():
             yield native.reason()
         if self.capability is not None:
-            if torch.version.cuda is None:
-                yield "this torch is not built for CUDA"
-            if not native.has_cuda():
-                yield "auto_gptq/_native.so was built without nvcc and has no CUDA kernels"
-            found = torch.cuda.get_device_capability(weight.device)
-            if found < self.capability:
-                needed = "sm_{}{}".format(*self.capability)
-                yield "{} is sm_{}{}, older than {}".format(weight.device, *found, needed)
+            yield from _gpu_refusals(weight.device, self.capability)
         if self.layout == "tiles":
             wrong = self_test.failure(weight.device, weight.bits)
             if wrong is not None:
                 yield f"its self-test fails: {wrong}"
+
+
+def _gpu_refusals(device: torch.device, capability: tuple[int, int]) -> Iterator[str]:
+    if torch.version.cuda is None:
+        yield "this torch is not built for CUDA"
+    if not native.has_cuda():
+        yield "auto_gptq/_native.so was built without nvcc and has no CUDA kernels"
+    found = torch.cuda.get_device_capability(device)
+    if found < capability:
+        yield "{} is sm_{}{}, older than sm_{}{}".format(device, *found, *capability)
 
 
 # The first that serves a weight is taken.

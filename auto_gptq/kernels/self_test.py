@@ -15,7 +15,7 @@ from ..formats.gptq import GPTQTensors, trivial_g_idx
 from ..formats.tiles import to_tiles
 from . import ops, reference
 
-# 16-bit x and sums in another order cost a tenth of this; a misplaced code costs a hundred times it.
+# 16-bit x and sums in another order cost a tenth of this; misplaced codes cost a hundred times it.
 _TOLERANCE = 0.01
 _K, _N, _GROUP = 192, 96, 64
 
@@ -55,7 +55,9 @@ def _first_wrong(device: torch.device, bits: int) -> str | None:
     )
     tiled = to_tiles(packed, bits, _GROUP, 1)
     settings = bits, _GROUP, _K, _N
-    weight = reference.dequantize(*vars(packed).values(), bits, 1, torch.float32)
+    weight = reference.dequantize(
+        packed.qweight, packed.qzeros, packed.scales, packed.g_idx, bits, 1, torch.float32
+    )
     there = [None if t is None else t.to(device) for t in vars(tiled).values()]
     op = torch.ops.auto_gptq
     repacked = op.repack_tiles(packed.qweight.to(device), None, bits, _GROUP)
