@@ -18,8 +18,8 @@ struct Row {
 };
 
 constexpr Row kTable[] = {
-    {8, 0, {2, 8, 1, 1, 1 << 20}},
-    {16, 0, {2, 8, 1, 1, 1 << 20}},
+    {8, 0, {2, 8, 1, 1 << 20}},
+    {16, 0, {2, 8, 1, 1 << 20}},
 };
 
 SmallConfig choose(const Product& product) {

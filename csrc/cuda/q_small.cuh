@@ -38,7 +38,6 @@ struct Small {
   int32_t scale_bytes;    // 2 or 4
   int32_t scale_shift;    // what makes a scale's bits those of a float: 16 for bf16, 0 for fp32
   int32_t warps_log;      // of a block
-  int32_t splits_log;     // blocks, a cluster, that share out the inputs
   int32_t warp_bytes;     // shared memory of a warp
   int32_t x_pitch;        // bytes from a row of x to the next, there
   int32_t blocks;         // of outputs
@@ -169,7 +168,6 @@ struct SmallKernel {
 
   const Small& p;
   const int lane, warp, warps;
-  const int rank;         // of this block, among those that share out the inputs
   const int first, last;  // units of this warp
   char* const ring;       // of this warp: stages, then all of x that it needs, if that fits
   float* const sums;      // of the block
@@ -181,9 +179,8 @@ struct SmallKernel {
         lane(threadIdx.x % 32),
         warp(threadIdx.x / 32),
         warps(blockDim.x / 32),
-        rank(blockIdx.x & ((1 << task.splits_log) - 1)),
-        first(task.units * (rank * warps + warp) >> (task.splits_log + task.warps_log)),
-        last(task.units * (rank * warps + warp + 1) >> (task.splits_log + task.warps_log)),
+        first(task.units * warp >> task.warps_log),
+        last(task.units * (warp + 1) >> task.warps_log),
         ring(memory + sums_bytes(warps, task.m) + warp * task.warp_bytes),
         sums(reinterpret_cast<float*>(memory)),
         bytes(stage_bytes(task.scale_bytes, task.zeros != nullptr, task.streams_x ? task.m : 0)),
@@ -275,7 +272,7 @@ struct SmallKernel {
       }
     }
     if (++s.unit == last) {
-      s = source(s.block + (gridDim.x >> p.splits_log));
+      s = source(s.block + gridDim.x);
     }
   }
 
@@ -481,8 +478,7 @@ struct SmallKernel {
   __device__ __forceinline__ void run() const {
     let_next_kernel_start();
     const uint64_t policy = evict_first();
-    const int first_block = blockIdx.x >> p.splits_log, stride = gridDim.x >> p.splits_log;
-    Source next = source(first < last ? first_block : p.blocks);
+    Source next = source(first < last ? blockIdx.x : p.blocks);
     const uint32_t begin = shared_address(ring);
     for (int i = 0; i < STAGES; ++i) {
       if (next.block < p.blocks) {
@@ -490,7 +486,7 @@ struct SmallKernel {
       }
       end_group();
     }
-    float bias = read_bias(first_block);
+    float bias = read_bias(blockIdx.x);
     char* const x = ring + STAGES * bytes;
     if (p.perm) {
       fetch_perm();
@@ -514,7 +510,7 @@ struct SmallKernel {
     }
     int slot = 0;
     float* part = sums;
-    for (int block = first_block; block < p.blocks; block += stride) {
+    for (int block = blockIdx.x; block < p.blocks; block += gridDim.x) {
       float total[RW][NT][4] = {};
 #pragma unroll 1
       for (int unit = first; unit < last; ++unit) {
@@ -535,17 +531,10 @@ struct SmallKernel {
         slot = slot + 1 == STAGES ? 0 : slot + 1;
       }
       put_sums(total, part);
-      if (p.splits_log == 0) {
-        __syncthreads();
-      } else {
-        wait_for_cluster();
-      }
+      __syncthreads();
       write(block, part, bias);
-      bias = read_bias(block + stride);
+      bias = read_bias(block + gridDim.x);
       part = part == sums ? sums + warps * p.m * kSumPitch : sums;
-    }
-    if (p.splits_log != 0) {
-      wait_for_cluster();  // others may still read this block's sums
     }
   }
 
@@ -575,18 +564,10 @@ struct SmallKernel {
 
   __device__ __forceinline__ void write(int block, const float* part, float bias) const {
     const int r = threadIdx.x % kOutputs, n = block * kOutputs + r;
-    const int rows = blockDim.x / kOutputs;  // at once
-    for (int m = rank * rows + threadIdx.x / kOutputs; m < p.m; m += rows << p.splits_log) {
+    for (int m = threadIdx.x / kOutputs; m < p.m; m += blockDim.x / kOutputs) {
       float value = bias;
-      const float* of_warp = part + m * kSumPitch + r;
-      for (int w = 0; w < warps; ++w, of_warp += p.m * kSumPitch) {
-        if (p.splits_log == 0) {
-          value += *of_warp;
-        } else {
-          for (int other = 0; other < 1 << p.splits_log; ++other) {
-            value += read_of_cluster(of_warp, other);
-          }
-        }
+      for (int w = 0; w < warps; ++w) {
+        value += part[(w * p.m + m) * kSumPitch + r];
       }
       if (n < p.n) {
         static_cast<T*>(p.y)[static_cast<int64_t>(m) * p.n + n] = narrow<T>(value);
@@ -634,10 +615,9 @@ const char* start_small(const Product& product, SmallConfig config, cudaStream_t
   task.runs_of_group = static_cast<int32_t>(runs);
   task.group_of_run = static_cast<uint32_t>(((int64_t{1} << 32) + 2 * runs - 1) / (2 * runs));
   const Device& device = current_device();
-  const int splits = device.sm >= 90 ? config.splits : 1;  // clusters came with sm_90
   int warps = config.warps, shared = 0;
   for (;; warps /= 2) {
-    const int most_units = (task.units + warps * splits - 1) / (warps * splits);
+    const int most_units = (task.units + warps - 1) / warps;
     const auto bytes_of_stage = [&](int rows) {
       return Kernel::stage_bytes(task.scale_bytes, task.zeros != nullptr, rows);
     };
@@ -657,13 +637,8 @@ const char* start_small(const Product& product, SmallConfig config, cudaStream_t
   while (1 << task.warps_log < warps) {
     ++task.warps_log;
   }
-  while (1 << task.splits_log < splits) {
-    ++task.splits_log;
-  }
-  const int at_once = config.blocks_per_processor * device.processors / splits;
-  const int blocks = std::min(task.blocks, at_once) * splits;
-  return launch(q_small<BITS, T, NT, RW, STAGES, UNIT>, task, blocks, 32 * warps, shared, stream,
-                splits);
+  const int blocks = std::min(task.blocks, config.blocks_per_processor * device.processors);
+  return launch(q_small<BITS, T, NT, RW, STAGES, UNIT>, task, blocks, 32 * warps, shared, stream);
 }
 
 template <int BITS, typename T, Unit UNIT>
