@@ -109,7 +109,9 @@ class BuildNative(build_ext):
             target = Path(self.build_temp) / f"{Path(source).stem}.cuda.o"
             target.parent.mkdir(parents=True, exist_ok=True)
             options = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
-            self.spawn([str(nvcc), *options, *cuda_options(source), "-c", source, "-o", str(target)])
+            self.spawn(
+                [str(nvcc), *options, *cuda_options(source), "-c", source, "-o", str(target)]
+            )
             extension.extra_objects.append(str(target))
         extension.define_macros.append(("AUTO_GPTQ_CUDA", "1"))
         extension.library_dirs += cuda_libraries(nvcc)
