@@ -1,16 +1,25 @@
 """Seconds to quantize a model of Llama-2-7B's shapes, with random weights: per block and in all.
 
 The time of a block is the difference between a model of four and one of two blocks, halved, so that
-loading, capture and the first use of kernels do not count; a whole model has 32.
+loading, capture and the first use of kernels do not count.  The whole model is measured as a whole.
+llm-compressor is measured in the same run where it is installed.
+
+On several GPUs: ``torchrun --nproc-per-node 2 benchmarks/end_to_end.py --codes FILE``, after a run
+with one that wrote the file.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import peers
 import torch
 from measure import save, table
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -19,31 +28,130 @@ from auto_gptq import BaseQuantizeConfig
 from auto_gptq.calibration.datasets import as_examples
 from auto_gptq.kernels import native
 from auto_gptq.modeling import BaseGPTQForCausalLM
+from auto_gptq.pipeline import block as block_module
+from auto_gptq.pipeline import quantize as pipeline
+from auto_gptq.quantization import solver
+from auto_gptq.quantization.hessian import Hessian
 
 BLOCKS_OF_7B = 32
-# (peak GB are those of the longer model)
-PEERS = [("llm-compressor 0.14.0.1", 2.57), ("GPTQModel 7.3.4", 15.2)]  # anchors/h100.json
+ANCHORS = [("llm-compressor 0.14.0.1", 2.57), ("GPTQModel 7.3.4", 15.2)]  # anchors/h100.json
+VARIANTS = {
+    "act-order, static groups": {"desc_act": True, "static_groups": True},
+    "groups in order, min-max": {"desc_act": False, "scale_search": False},
+}
+# Phase → where its work is done; a phase inside another counts for itself alone.
+PHASES = {
+    "Hessians": (Hessian, "add"),
+    "factorization": (solver, "factorize"),
+    "scales and columns": (block_module, "solve"),
+    "packing": (pipeline, "_pack"),
+    "before the blocks": (pipeline, "_capture"),
+}
 
 
-def model(blocks: int, hidden: int, intermediate: int, device: str) -> Any:
+def model(blocks: int, options: argparse.Namespace, device: str) -> Any:
+    torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
+        hidden_size=options.hidden,
+        intermediate_size=options.intermediate,
         num_hidden_layers=blocks,
-        num_attention_heads=hidden // 128,
+        num_attention_heads=options.hidden // 128,
         vocab_size=32000,
     )
     with torch.device(device):
         return LlamaForCausalLM._from_config(config, dtype=torch.float16).eval()
 
 
-def seconds(built: Any, rows: torch.Tensor, settings: dict[str, Any]) -> float:
-    wrapper = BaseGPTQForCausalLM(built, False, BaseQuantizeConfig(**settings))
-    started = time.perf_counter()
-    wrapper.quantize(as_examples(rows), show_progress=False)
+def settle() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def seconds(built: Any, rows: torch.Tensor, settings: dict[str, Any]) -> float:
+    config = BaseQuantizeConfig(bits=4, group_size=128, **settings)
+    wrapper = BaseGPTQForCausalLM(built, False, config)
+    settle()
+    started = time.perf_counter()
+    wrapper.quantize(as_examples(rows), show_progress=False)
+    settle()
     return time.perf_counter() - started
+
+
+@contextmanager
+def timed_phases() -> Iterator[dict[str, float]]:
+    """Sum the seconds of each phase, waiting for the device before and after each."""
+    spent: dict[str, float] = defaultdict(float)
+    inner: list[float] = [0.0]
+
+    def timed(phase: str, work: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            settle()
+            started = time.perf_counter()
+            inner.append(0.0)
+            try:
+                return work(*args, **kwargs)
+            finally:
+                settle()
+                whole = time.perf_counter() - started
+                spent[phase] += whole - inner.pop()
+                inner[-1] += whole
+
+        return call
+
+    patches = [
+        mock.patch.object(owner, name, timed(phase, getattr(owner, name)))
+        for phase, (owner, name) in PHASES.items()
+    ]
+    for patch in patches:
+        patch.start()
+    try:
+        yield spent
+    finally:
+        for patch in patches:
+            patch.stop()
+
+
+def phases(tokens: torch.Tensor, options: argparse.Namespace, device: str) -> dict[str, float]:
+    """Give the seconds of each phase for one block, from four; "forward" is the rest."""
+    built = model(4, options, device)
+    with timed_phases() as spent:
+        whole = seconds(built, tokens, VARIANTS["act-order, static groups"])
+    once = spent.pop("before the blocks")
+    per_block = {phase: value / 4 for phase, value in spent.items()}
+    per_block["forward and the rest"] = (whole - once) / 4 - sum(per_block.values())
+    return per_block | {"before the blocks, once": once}
+
+
+def measure(settings: dict[str, Any], tokens: torch.Tensor, options: Any, device: str) -> Any:
+    """Give the row of one variant."""
+    seconds(model(1, options, device), tokens[:8], settings)  # warm up
+    short = seconds(model(2, options, device), tokens, settings)
+    long = seconds(model(4, options, device), tokens, settings)
+    built = model(options.blocks, options, device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    whole = seconds(built, tokens, settings)
+    return {
+        "2 blocks, s": short,
+        "4 blocks, s": long,
+        "per block, s": (long - short) / 2,
+        f"{options.blocks} blocks, s": whole,
+        "peak GB": torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0,
+    }
+
+
+def measure_peer(tokens: torch.Tensor, options: Any, device: str) -> Any:
+    peers.quantize(model(1, options, device), tokens[:8])  # warm up
+    short = peers.quantize(model(2, options, device), tokens)
+    long = peers.quantize(model(4, options, device), tokens)
+    per_block = (long - short) / 2
+    return {
+        "2 blocks, s": short,
+        "4 blocks, s": long,
+        "per block, s": per_block,
+        f"{options.blocks} blocks, s": short + (options.blocks - 2) * per_block,
+        "peak GB": 0.0,
+    }
 
 
 def main() -> None:
@@ -52,40 +160,36 @@ def main() -> None:
     arguments.add_argument("--length", type=int, default=2048)
     arguments.add_argument("--hidden", type=int, default=4096)
     arguments.add_argument("--intermediate", type=int, default=11008)
+    arguments.add_argument("--blocks", type=int, default=BLOCKS_OF_7B)
     arguments.add_argument("--results", type=Path)
     options = arguments.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     print(native.reason(), flush=True)
     tokens = torch.randint(0, 32000, (options.rows, options.length))
-    shapes = (options.hidden, options.intermediate, device)
     rows: list[dict[str, Any]] = []
-    common = {"bits": 4, "group_size": 128}
-    for name, settings in {
-        "act-order, static groups": {"desc_act": True, "static_groups": True},
-        "groups in order, min-max": {"desc_act": False, "scale_search": False},
-    }.items():
-        seconds(model(1, *shapes), tokens[:8], common | settings)  # warm up
-        short = seconds(model(2, *shapes), tokens, common | settings)
-        long = seconds(model(4, *shapes), tokens, common | settings)
-        per_block = (long - short) / 2
-        peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
-        rows.append(
-            {
-                "variant": name,
-                "2 blocks, s": short,
-                "4 blocks, s": long,
-                "per block, s": per_block,
-                "32 blocks, s": short + (BLOCKS_OF_7B - 2) * per_block,
-                "peak GB": peak,
-            }
-        )
+    for name, settings in VARIANTS.items():
+        rows.append({"variant": name} | measure(settings, tokens, options, device))
         print(rows[-1], flush=True)
+    of_block = phases(tokens, options, device)
+    print(of_block, flush=True)
+    content = {
+        "settings": {
+            "tokens": list(tokens.shape),
+            "shapes": [options.hidden, options.intermediate],
+            "true_sequential": True,
+        },
+        "rows": rows,
+        "seconds of a block by phase": of_block,
+    }
+    print(save(f"end-to-end-{device}", content, options.results), flush=True)
+    if peers.installed():
+        name = f"{peers.NAME} ({options.blocks} blocks extrapolated)"
+        rows.append({"variant": name} | measure_peer(tokens, options, device))
+        save(f"end-to-end-{device}", content, options.results)
     print(table(rows))
-    for name, per_block in PEERS:
+    for name, per_block in ANCHORS:
         print(f"{name}: {per_block} s per block on an H100, 128 x 2048 tokens (anchors)")
-    what = {"tokens": list(tokens.shape), "shapes": shapes[:2], "true_sequential": True}
-    print(save(f"end-to-end-{device}", {"settings": what, "rows": rows}, options.results))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peers
 import torch
 from measure import save, table
 
@@ -68,6 +69,18 @@ def against_fp64(size: int, device: str) -> float:
     return float(squared_error(weight, found.dequantize(), hessian) / theirs)
 
 
+def peer_row(
+    weight: torch.Tensor, hessian: torch.Tensor, act_order: bool, like: dict[str, Any]
+) -> dict[str, Any]:
+    work = peers.solver(weight, hessian, act_order)
+    return like | {
+        "variant": f"{peers.NAME}, min-max{', act-order' if act_order else ''}",
+        "ms": milliseconds(work),
+        "of it factorization": 0.0,
+        "error": float(squared_error(weight, work(), hessian)),
+    }
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--scale", type=int, default=1, help="divide all sizes by this")
@@ -81,6 +94,7 @@ def main() -> None:
     print(
         f"squared error / that of plain fp64 GPTQ at the same scales: {exactness:.6f}", flush=True
     )
+    with_peer = peers.installed() and device == "cuda"
     for n, k in SHAPES:
         weight, hessian = problem(n // options.scale, k // options.scale, device)
         with tensor_cores():
@@ -99,6 +113,10 @@ def main() -> None:
                 }
             )
             print(rows[-1], flush=True)
+        if with_peer:
+            for act_order in (False, True):
+                rows.append(peer_row(weight, hessian, act_order, rows[-1]))
+                print(rows[-1], flush=True)
     print(table(rows))
     content = {"error / error of plain fp64 GPTQ, 4096x4096": exactness, "rows": rows}
     print(save(f"solver-{device}", content, options.results))
