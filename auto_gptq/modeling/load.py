@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .. import hub
+from ..checkpoint.blocks import DiskWeights
 from ..checkpoint.fill import fill, some
 from ..checkpoint.layouts import find_packed
 from ..checkpoint.reader import WeightFiles, find_weights, read_headers
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 def load_dense(
     source: str | Path, torch_dtype: torch.dtype, trust_remote_code: bool, **kwargs: Any
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, None]:
     """Load a full-precision model with transformers."""
     from transformers import AutoModelForCausalLM
 
@@ -41,7 +42,24 @@ def load_dense(
         source, dtype=torch_dtype, trust_remote_code=trust_remote_code, **kwargs
     )
     model.eval()
-    return model
+    return model, None
+
+
+def open_dense(
+    source: str | Path, torch_dtype: torch.dtype, trust_remote_code: bool, **kwargs: Any
+) -> tuple[PreTrainedModel, DiskWeights]:
+    """Build a full-precision model without its weights, and say where these lie on disk.
+
+    :raises MissingFileError: if there are no safetensors files
+    :raises CheckpointError: if these do not hold what the model needs
+    """
+    weights = find_weights(source, ["model"], [".safetensors"], **kwargs)
+    model_config = load_config(source, trust_remote_code, **kwargs)
+    if kwargs.get("attn_implementation"):
+        model_config._attn_implementation = kwargs["attn_implementation"]
+    model = _skeleton(model_config, torch_dtype, trust_remote_code)
+    model.eval()
+    return model, DiskWeights(model, weights, torch_dtype)
 
 
 def load_config(source: str | Path, trust_remote_code: bool, **kwargs: Any) -> PretrainedConfig:

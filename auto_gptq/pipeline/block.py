@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,23 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calibration.activations import Activations
 from ..calibration.capture import BlockCall
 from ..errors import NumericsError
 from ..nn_modules.qlinear.linear import dense_weight
 from ..quantization.hessian import Hessian
 from ..quantization.precision import tensor_cores
-from ..quantization.solver import Solution, SolverOptions, round_to_nearest, solve
+from ..quantization.solver import Solution, SolverOptions
+from .careful import solve_carefully
+from .ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Feed:
-    """What enters a block, per batch."""
+    """What enters a block, per batch, on this rank."""
 
-    hidden: list[Tensor]  # [B, T, hidden size]
+    hidden: Activations  # [B, T, hidden size]
     calls: list[BlockCall]
     keep: list[Tensor | None]  # [B, T] bool, False where padded
+    ranks: Ranks = field(default_factory=Ranks)
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Solved:
     error: float
     tokens: int
     seconds: float
+    note: str = ""  # what was done otherwise than asked for
 
 
 def solve_step(
@@ -58,15 +64,12 @@ def solve_step(
         for hidden, call, keep in zip(feed.hidden, feed.calls, feed.keep, strict=True):
             collector.keep = keep
             collector.run(block, hidden, call)
-    for sharing in collector.sharing:
-        together = {name: linears[name] for name in sharing.names}
-        yield from solve_together(together, sharing.hessian, options)
-    for name, linear in linears.items():
-        if name not in collector.seen:
-            logger.warning("%s saw no calibration token; its weights are only rounded.", name)
-            columns = dense_weight(linear).shape[1]
-            nothing = Hessian(columns, dense_weight(linear).device)
-            yield from solve_together({name: linear}, nothing, options)
+    # What this rank's batches have met may not be what another's have.
+    unseen = [[name] for name in linears if name not in collector.seen]
+    groups = [sharing.names for sharing in collector.sharing] + unseen
+    for names in feed.ranks.agree(lambda: groups):
+        together = {name: linears[name] for name in names}
+        yield from solve_together(together, collector.hessian(names), options, feed.ranks)
 
 
 def propagate(block: nn.Module, feed: Feed) -> None:
@@ -84,11 +87,7 @@ def check_finite(feed: Feed) -> None:
 
     :raises NumericsError: if they hold NaN or infinity
     """
-    if not torch.stack([torch.isfinite(hidden).all() for hidden in feed.hidden]).all():
-        raise NumericsError(
-            "the block's outputs hold NaN or infinity. If the model runs in float16, load it with "
-            "torch_dtype=torch.bfloat16 or torch.float32."
-        )
+    feed.hidden.check_finite("the block's outputs")
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
@@ -102,25 +101,37 @@ def solve_together(
     linears: Mapping[str, nn.Module],
     hessian: Hessian,
     options: Mapping[str, SolverOptions],  # by the names of the linears
+    ranks: Ranks,
 ) -> Iterator[Solved]:
     """Solve linears of one input, those with the same options as one."""
+    ranks.sum_hessian(hessian)
     for alike in dict.fromkeys(options[name] for name in linears):
         stacked = {name: linear for name, linear in linears.items() if options[name] == alike}
-        yield from _solve_stacked(stacked, hessian, alike)
+        yield from _solve_stacked(stacked, hessian, alike, ranks)
 
 
 def _solve_stacked(
-    linears: Mapping[str, nn.Module], hessian: Hessian, options: SolverOptions
+    linears: Mapping[str, nn.Module], hessian: Hessian, options: SolverOptions, ranks: Ranks
 ) -> Iterator[Solved]:
     """Solve linears as one tall matrix, then part them again."""
     started = time.perf_counter()
     mean = hessian.mean()
     weights = {name: dense_weight(linear).float() for name, linear in linears.items()}
     tall = torch.cat(list(weights.values()))
+    _check_weights(weights)
+    notes: list[str] = []
+
+    def of_rows(rows: Tensor) -> Solution:
+        found, note = solve_carefully(rows, mean, hessian.tokens, options)
+        notes.append(note)
+        return found
+
     try:
-        solved = (solve if hessian.tokens else round_to_nearest)(tall, mean, options)
+        solved = ranks.solve(of_rows, tall)
     except NumericsError as error:
         raise NumericsError(f"{', '.join(linears)}: {error}") from error
+    if notes[0]:
+        logger.warning("%s: %s", ", ".join(linears), notes[0])
     with tensor_cores():
         energy = ((tall @ mean) * tall).sum(1)
     seconds = (time.perf_counter() - started) / len(linears)
@@ -132,8 +143,20 @@ def _solve_stacked(
         with torch.no_grad():
             dense_weight(linear).copy_(quantized)
         lost, whole = float(part.loss.sum()), float(energy[rows].sum())
-        yield Solved(name, part, lost / whole if whole else 0.0, hessian.tokens, seconds)
+        share = lost / whole if whole else 0.0
+        yield Solved(name, part, share, hessian.tokens, seconds, notes[0])
         row = rows.stop
+
+
+def _check_weights(weights: Mapping[str, Tensor]) -> None:
+    """Find what holds NaN or infinity before it spoils what is solved with it."""
+    finite = torch.stack([torch.isfinite(weight).all() for weight in weights.values()])
+    if not finite.all():
+        bad = [name for name, good in zip(weights, finite.tolist(), strict=True) if not good]
+        raise NumericsError(
+            f"{', '.join(bad)}: The weight holds NaN or infinity. The checkpoint is damaged, or "
+            "float16 was too narrow for it: load it with torch_dtype=torch.bfloat16."
+        )
 
 
 class _AllSeen(Exception):
@@ -171,6 +194,15 @@ class _Collector:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def hessian(self, names: Sequence[str]) -> Hessian:
+        """Give the Hessian of linears of one input; an empty one if none was met."""
+        for sharing in self.sharing:
+            if names[0] in sharing.names:
+                whole = sharing.names == list(names)
+                return sharing.hessian if whole else copy.deepcopy(sharing.hessian)
+        weight = dense_weight(self.linears[names[0]])
+        return Hessian(weight.shape[1], weight.device)
 
     def run(self, block: nn.Module, hidden: Tensor, call: BlockCall) -> None:
         self._waiting = set(self.seen)

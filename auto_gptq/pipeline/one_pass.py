@@ -8,7 +8,6 @@ on when that linear has been solved.  Only one thread runs at a time.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.capture import BlockCall
+from ..calibration.memory import free_bytes
 from ..errors import UnsupportedModelError
 from ..nn_modules.surgery import features
 from ..quantization.hessian import Hessian
@@ -54,15 +54,13 @@ def reading_groups(
 
 def fits_one_pass(linears: Mapping[str, nn.Module], feed: Feed) -> bool:
     """Tell whether memory holds the activations of all batches in the midst of a block."""
+    if feed.hidden.home != "device":
+        return False
     x = feed.hidden[0]
     widest = max(features(linear)[0] for linear in linears.values())
     tokens = sum(hidden.shape[:-1].numel() for hidden in feed.hidden)
     needed = tokens * _ALIVE * (widest + 2 * x.shape[-1]) * x.element_size()
-    if x.is_cuda:
-        free, _ = torch.cuda.mem_get_info(x.device)
-        unused = torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
-        return needed < free + unused
-    return needed < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    return needed < free_bytes(x.device) // (1 if x.is_cuda else 2)
 
 
 def solve_in_one_pass(
@@ -88,14 +86,13 @@ def solve_in_one_pass(
             forward.go_on()
         for group in groups:
             waiting = [forward for forward in forwards if forward.waits_before == group[0]]
-            x = waiting[0].input
-            assert x is not None
-            hessian = Hessian(x.shape[-1], x.device)
+            # Nobody waits where tokens are routed past an expert that the first batch met.
+            hessian = Hessian(features(linears[group[0]])[0], feed.hidden.device)
             for forward in waiting:
                 assert forward.input is not None
                 hessian.add(forward.input, kept_tokens(forward.keep, forward.input))
             together = {name: linears[name] for name in group}
-            yield from solve_together(together, hessian, options)
+            yield from solve_together(together, hessian, options, feed.ranks)
             for forward in waiting:
                 forward.go_on()
         feed.hidden[:] = [forward.result() for forward in forwards]

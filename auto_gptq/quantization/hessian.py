@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import NumericsError
+from ..errors import FactorizationError, NumericsError
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,8 @@ def factorize(
     An input that was always 0 gets 1 on the diagonal: its weights are rounded, untouched by and
     not touching the others.
 
-    :raises NumericsError: if H holds NaN or infinity, or cannot be factored at any damping
+    :raises NumericsError: if H holds NaN or infinity
+    :raises FactorizationError: if H cannot be factored at any damping
     """
     diagonal = hessian.diagonal()
     if not torch.isfinite(diagonal).all():
@@ -122,7 +123,7 @@ def factorize(
                 )
             return Factor(invert_upper(lower.flip(0, 1)).to(torch.float32), damp)
         damp = max(damp * _DAMPING_GROWTH, _LEAST_RAISED_DAMPING)
-    raise NumericsError(
+    raise FactorizationError(
         f"The Hessian cannot be factored at any damp_percent from {damp_percent:g} to 1. "
         "Use more or more varied calibration examples."
     )
