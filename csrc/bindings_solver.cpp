@@ -1,11 +1,8 @@
 // torch.ops.auto_gptq.fit_grids and solve_columns on the CPU and on NVIDIA GPUs.
-#include <dlfcn.h>
-#include <torch/csrc/stable/accelerator.h>
-
 #include <tuple>
 #include <utility>
 
-#include "bindings.h"
+#include "bindings_cuda.h"
 
 namespace {
 
@@ -38,30 +35,6 @@ void check_vector(
 const float* floats(const Tensor& tensor) {
   return static_cast<const float*>(tensor.const_data_ptr());
 }
-
-#ifdef AUTO_GPTQ_CUDA
-// Found at run time, so that the library also loads beside a torch without CUDA.
-void* current_stream(int32_t device) {
-  using Find = int (*)(int32_t, void**);
-  static const Find find = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
-    return reinterpret_cast<Find>(
-        library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr);
-  }();
-  STD_TORCH_CHECK(find, "this torch has no CUDA.");
-  void* stream = nullptr;
-  STD_TORCH_CHECK(find(device, &stream) == 0, "there is no stream for device ", device, ".");
-  return stream;
-}
-
-template <typename Task>
-void run_on_gpu(const Tensor& like, const char* (*launch)(const Task*, void*), const Task& task) {
-  const int32_t device = like.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  const char* failure = launch(&task, current_stream(device));
-  STD_TORCH_CHECK(!failure, "the kernel did not start: ", failure ? failure : "");
-}
-#endif
 
 std::tuple<Tensor, Tensor> fit_grids(const Tensor& weight,
                                      const Tensor& importance,
@@ -97,7 +70,7 @@ std::tuple<Tensor, Tensor> fit_grids(const Tensor& weight,
                            *data_type(scale_dtype)};
 #ifdef AUTO_GPTQ_CUDA
   if (!weight.is_cpu()) {
-    run_on_gpu(weight, auto_gptq_cuda_fit_grids, fit);
+    run_on_gpu(weight, [&](void* stream) { return auto_gptq_cuda_fit_grids(&fit, stream); });
     return {scales, zeros};
   }
 #endif
@@ -150,7 +123,8 @@ void solve_columns(const Tensor& weight,
                                static_cast<int32_t>(maxq)};
 #ifdef AUTO_GPTQ_CUDA
   if (!weight.is_cpu()) {
-    run_on_gpu(weight, auto_gptq_cuda_solve_columns, block);
+    run_on_gpu(weight,
+               [&](void* stream) { return auto_gptq_cuda_solve_columns(&block, stream); });
     return;
   }
 #endif

@@ -65,6 +65,39 @@ struct Block {
   int32_t maxq;            // the largest code
 };
 
+// A weight in tiles of 64 x 64, auto_gptq/formats/tiles.py has the picture.  N' and K' are N and K
+// padded to whole tiles.  Inputs lie sorted by group: place k belongs to group k / group_size.
+struct Tiled {
+  const uint32_t* tiles;  // [N' / 64, K' / 64, 128 * bits], aligned to 16 bytes
+  const void* scales;     // [G, N'] of scale_type
+  const uint8_t* zeros;   // [G, N'], or null: each is 2^(bits - 1)
+  const int32_t* perm;    // [K] the input at each place, or null: they lie in their own order
+  int64_t k;              // K, a multiple of 32
+  int64_t n;              // N, a multiple of 32
+  int64_t groups;         // G
+  int64_t group_size;     // a multiple of 16; K' if there is only one group
+  int32_t bits;           // 2, 3, 4 or 8
+  int32_t run;            // 16, 32 or 64 neighbouring places that share a scale
+  DataType scale_type;
+};
+
+// y = x W^T + bias on a GPU.
+struct Product {
+  Tiled weight;
+  const void* x;     // [M, K] of type, contiguous, aligned to 16 bytes
+  const void* bias;  // [N] of type, or null
+  void* y;           // out [M, N] of type
+  void* workspace;   // as many bytes as the plan says, of any content, aligned to 256 bytes
+  int64_t m;         // M > 0
+  DataType type;     // kFloat16 or kBFloat16
+};
+
+// How a product is computed: by a kernel, or (launch is null) dequantized and multiplied by cuBLAS.
+struct Plan {
+  const char* (*launch)(const Product*, void* stream);  // null, or what went wrong
+  int64_t workspace;                                    // bytes
+};
+
 }  // namespace auto_gptq
 
 // The widest instruction set that both this machine and this build have.
@@ -126,3 +159,22 @@ AUTO_GPTQ_API const char* auto_gptq_cuda_fit_grids(const auto_gptq::Fit* fit, vo
 
 // At most 128 columns.
 AUTO_GPTQ_API const char* auto_gptq_cuda_solve_columns(const auto_gptq::Block* block, void* stream);
+
+// Choose the kernel for a product from the measured table in q_matmul.cu; pointers are not read.
+AUTO_GPTQ_API auto_gptq::Plan auto_gptq_cuda_plan(const auto_gptq::Product* product,
+                                                  int32_t device);
+
+// Lay packed codes out in tiles.
+AUTO_GPTQ_API const char* auto_gptq_cuda_repack_tiles(
+    const int32_t* qweight,          // [K / 32 * bits, N]
+    const auto_gptq::Tiled* weight,  // its tiles are written; scales and zeros are not read
+    void* stream);
+
+// Write rows [n_begin, n_end), multiples of 64 (n_end may be N), of the dense weight.
+AUTO_GPTQ_API const char* auto_gptq_cuda_dequantize_tiles(
+    const auto_gptq::Tiled* weight,  // columns stay sorted by group where perm is null
+    int64_t n_begin,
+    int64_t n_end,
+    void* dense,  // out [n_end - n_begin, K] of type
+    auto_gptq::DataType type,
+    void* stream);

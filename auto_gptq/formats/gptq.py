@@ -64,9 +64,10 @@ def pack_layer(
     stored_zeros = (zeros.to(torch.int32) - ZERO_OFFSET[checkpoint_format]) & ((1 << bits) - 1)
     return GPTQTensors(
         qweight=pack(codes.t(), bits),
-        qzeros=pack(stored_zeros, bits).t().contiguous(),
+        qzeros=pack_zeros(stored_zeros.t(), bits),
         scales=scales.t().to(scale_dtype).contiguous(),
-        g_idx=g_idx.to(torch.int32),
+        # Copied: linears solved together share it, and transformers saves no shared tensors.
+        g_idx=g_idx.to(torch.int32, copy=True),
     )
 
 
@@ -104,7 +105,7 @@ def convert_zeros(
             f"{name} has {int((zeros == 0).sum())} zero points of 0, which the format {target!r} "
             "cannot hold. Save with checkpoint_format='gptq_v2'."
         )
-    return _pack_zeros((zeros - subtracted) & ((1 << bits) - 1), bits)
+    return pack_zeros((zeros - subtracted) & ((1 << bits) - 1), bits)
 
 
 def middle_zeros(groups: int, out_features: int, bits: int, checkpoint_format: str) -> Tensor:
@@ -125,5 +126,6 @@ def has_zero_zeros(qzeros: Tensor, bits: int, checkpoint_format: str) -> bool:
     return bool((unpack_zeros(qzeros, bits, ZERO_OFFSET[checkpoint_format]) == 0).any())
 
 
-def _pack_zeros(stored: Tensor, bits: int) -> Tensor:
+def pack_zeros(stored: Tensor, bits: int) -> Tensor:  # [G, N / 32 * bits] int32
+    """Pack what is stored of zero points, ``[G, N]``."""
     return pack(stored.t(), bits).t().contiguous()

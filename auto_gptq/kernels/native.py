@@ -30,3 +30,8 @@ def load() -> bool:
 def reason() -> str:
     """Say in one sentence why the library is missing, or that it is loaded."""
     return _failure() or f"{_LIBRARY} is loaded"
+
+
+def has_cuda() -> bool:
+    """Tell whether the library was built with its CUDA kernels."""
+    return load() and torch._C._dispatch_has_kernel_for_dispatch_key("auto_gptq::q_matmul", "CUDA")

@@ -83,6 +83,19 @@ torch.library.register_autograd(
 
 
 _define(
+    "q_linear_experts",
+    "Tensor x, Tensor offsets, Tensor[] qweight, Tensor[] qzeros, Tensor[] scales, "
+    "Tensor[] g_idx, int bits, int zero_offset",
+    reference.q_linear_experts,
+)
+
+
+@torch.library.register_fake("auto_gptq::q_linear_experts", lib=_library)
+def _(x: Tensor, offsets: Tensor, qweight: list[Tensor], *_others: Any) -> Tensor:
+    return x.new_empty(x.shape[0], qweight[0].shape[1])
+
+
+_define(
     "solve_columns",
     "Tensor(a!) weight, Tensor(b!) codes, Tensor(c!) errors, "
     "Tensor inverse, Tensor scales, Tensor zeros, Tensor group, int maxq",
@@ -118,3 +131,90 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     shape = (-(-weight.shape[0] // group_size), weight.shape[1])
     return weight.new_empty(shape), weight.new_empty(shape)
+
+
+# Weights in tiles (formats/tiles.py).  in_features and out_features are K and N before padding.
+_TILES = "Tensor tiles, Tensor scales, Tensor? zeros, Tensor? perm"
+_TILED = "int bits, int group_size, int in_features, int out_features"
+
+
+_define(
+    "repack_tiles",
+    "Tensor qweight, Tensor? perm, int bits, int group_size",
+    reference.repack_tiles,
+)
+
+
+@torch.library.register_fake("auto_gptq::repack_tiles", lib=_library)
+def _(qweight: Tensor, perm: Tensor | None, bits: int, group_size: int) -> Tensor:
+    in_features, out_features = qweight.shape[0] // bits * 32, qweight.shape[1]
+    return qweight.new_empty((-(-out_features // 64), -(-in_features // 64), 128 * bits))
+
+
+_define("unrepack_tiles", f"Tensor tiles, Tensor? perm, {_TILED}", reference.unrepack_tiles)
+
+
+@torch.library.register_fake("auto_gptq::unrepack_tiles", lib=_library)
+def _(
+    tiles: Tensor,
+    perm: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    out_features: int,
+) -> Tensor:
+    return tiles.new_empty((in_features // 32 * bits, out_features))
+
+
+# Without perm the columns stay sorted by group.
+_define("dequantize_tiles", f"{_TILES}, {_TILED}, ScalarType dtype", reference.dequantize_tiles)
+
+
+@torch.library.register_fake("auto_gptq::dequantize_tiles", lib=_library)
+def _(
+    tiles: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    perm: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    out_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return tiles.new_empty((out_features, in_features), dtype=dtype)
+
+
+_define("q_matmul", f"Tensor x, {_TILES}, Tensor? bias, {_TILED}", reference.q_matmul)
+
+
+@torch.library.register_fake("auto_gptq::q_matmul", lib=_library)
+def _(
+    x: Tensor,
+    tiles: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    perm: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    out_features: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _keep_tiles(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:5])
+    ctx.settings = inputs[6:]
+
+
+def _backward_tiles(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weight = torch.ops.auto_gptq.dequantize_tiles(*ctx.saved_tensors, *ctx.settings, grad.dtype)
+    grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[5] else None
+    return grad @ weight, None, None, None, None, grad_bias, None, None, None, None
+
+
+torch.library.register_autograd(
+    "auto_gptq::q_matmul", _backward_tiles, setup_context=_keep_tiles, lib=_library
+)

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..formats.gptq import unpack_codes, unpack_zeros
+from ..formats.gptq import trivial_g_idx, unpack_codes, unpack_zeros
 from ..formats.grid import Grid, GridRule
+from ..formats.tiles import read_codes, tile_codes, untile_codes
 
 
 def dequantize(
@@ -40,6 +41,91 @@ def q_linear(
     """Multiply by the dequantized weight."""
     weight = dequantize(qweight, qzeros, scales, g_idx, bits, zero_offset, x.dtype)
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def repack_tiles(
+    qweight: Tensor,  # [K / 32 * bits, N] int32
+    perm: Tensor | None,  # [K] int32
+    bits: int,
+    group_size: int,
+) -> Tensor:  # [N' / 64, K' / 64, 128 * bits] int32
+    """Lay packed codes out in tiles."""
+    return tile_codes(qweight, perm, bits, group_size)
+
+
+def unrepack_tiles(
+    tiles: Tensor,  # [N' / 64, K' / 64, 128 * bits] int32
+    perm: Tensor | None,  # [K] int32
+    bits: int,
+    group_size: int,
+    in_features: int,
+    out_features: int,
+) -> Tensor:  # [K / 32 * bits, N] int32
+    """Undo :func:`repack_tiles`."""
+    return untile_codes(tiles, perm, bits, group_size, (in_features, out_features))
+
+
+def dequantize_tiles(
+    tiles: Tensor,  # [N' / 64, K' / 64, 128 * bits] int32
+    scales: Tensor,  # [G, N']
+    zeros: Tensor | None,  # [G, N'] uint8; None if each is 2**(bits - 1)
+    perm: Tensor | None,  # [K] int32: the input at each place of the tiles
+    bits: int,
+    group_size: int,
+    in_features: int,
+    out_features: int,
+    dtype: torch.dtype,
+) -> Tensor:  # [N, K]
+    """Give the dense weight, computed in fp32 and rounded once; sorted by group without perm."""
+    codes = read_codes(tiles, bits, group_size, (in_features, out_features))
+    group = trivial_g_idx(in_features, group_size, tiles.device).long()
+    scale = scales[:, :out_features].to(torch.float32)[group]
+    zero = 1 << (bits - 1) if zeros is None else zeros[:, :out_features].to(torch.float32)[group]
+    weight = ((codes.to(torch.float32) - zero) * scale).to(dtype)
+    if perm is not None:
+        weight = torch.empty_like(weight).index_copy_(0, perm.long(), weight)
+    return weight.t().contiguous()
+
+
+def q_matmul(
+    x: Tensor,  # [..., K]
+    tiles: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    perm: Tensor | None,
+    bias: Tensor | None,  # [N]
+    bits: int,
+    group_size: int,
+    in_features: int,
+    out_features: int,
+) -> Tensor:  # [..., N] in the dtype of x
+    """Multiply by the dequantized weight."""
+    settings = bits, group_size, in_features, out_features
+    weight = dequantize_tiles(tiles, scales, zeros, perm, *settings, x.dtype)
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def q_linear_experts(
+    x: Tensor,  # [S, K], rows sorted by expert
+    offsets: Tensor,  # [E] int, where each expert's rows end
+    qweight: list[Tensor],  # per expert, as in `q_linear`
+    qzeros: list[Tensor],
+    scales: list[Tensor],
+    g_idx: list[Tensor],
+    bits: int,
+    zero_offset: int,
+) -> Tensor:  # [S, N]
+    """Multiply each expert's rows by its own weight; rows behind the last expert's give 0."""
+    output = x.new_zeros(x.shape[0], qweight[0].shape[1])
+    start = 0
+    for e, stop in enumerate(offsets.tolist()):
+        if stop > start:
+            packed = (qweight[e], qzeros[e], scales[e], g_idx[e])
+            output[start:stop] = torch.ops.auto_gptq.q_linear(
+                x[start:stop], *packed, None, bits, zero_offset
+            )
+        start = stop
+    return output
 
 
 def solve_columns(

@@ -16,6 +16,7 @@ from ..calibration.examples import make_batches
 from ..checkpoint.blocks import DiskWeights
 from ..checkpoint.writer import Files
 from ..errors import QuantizedStateError
+from ..nn_modules.surgery import prepare
 from ..pipeline.quantize import quantize_model
 from ..pipeline.ranks import Ranks
 from ..pipeline.report import ModuleReport, write_report
@@ -213,6 +214,8 @@ class BaseGPTQForCausalLM(FormerMethods):
             disk=self._disk,
         )
         self._saves = Ranks.current().is_first
+        if self._disk is None:
+            prepare(self.model)
         self.calibration_rows = sum(len(batch.input_ids) for batch in batches)
         self._quantized = True
 
@@ -251,20 +254,6 @@ class BaseGPTQForCausalLM(FormerMethods):
         if self.report:
             write_report(self.report, Path(save_dir), self.quantize_config.damp_percent)
         self.quantize_config.model_name_or_path = str(save_dir)
-
-    def save_pretrained(
-        self,
-        save_dir: str | Path,
-        use_safetensors: bool = True,
-        safetensors_metadata: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Do what :meth:`save_quantized` does, under transformers' name.
-
-        Of its other arguments only ``max_shard_size`` and ``checkpoint_format`` mean anything.
-        """
-        known = {k: kwargs[k] for k in ("max_shard_size", "checkpoint_format") if k in kwargs}
-        self.save_quantized(save_dir, use_safetensors, safetensors_metadata, **known)
 
     def push_to_hub(
         self,

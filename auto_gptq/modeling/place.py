@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
+from ..nn_modules.surgery import prepare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,6 +24,8 @@ def place(
 ) -> None:
     """Move a model as asked; to the first GPU, or the CPU without one, if nothing is asked.
 
+    Its quantized layers are then laid out for the kernels of their devices.
+
     :raises ConfigError: (a ValueError) on an unknown automatic map
     """
     if isinstance(device_map, str) and device_map not in _AUTOMATIC:
@@ -34,6 +37,7 @@ def place(
             device = "cuda:0" if torch.cuda.is_available() else "cpu"
         nn.Module.to(model, torch.device(device))
         model.__dict__["hf_device_map"] = {"": device}
+        prepare(model)
         return
     from accelerate import dispatch_model, infer_auto_device_map
     from accelerate.utils import get_balanced_memory
@@ -54,3 +58,4 @@ def place(
     # The packed weights are buffers: without this they would stay on the device after each use.
     dispatch_model(model, device_map, offload_buffers=True)
     model.__dict__["hf_device_map"] = device_map
+    prepare(model)

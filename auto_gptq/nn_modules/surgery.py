@@ -91,6 +91,13 @@ def untie(model: nn.Module, head: str) -> None:
         tied.pop(f"{head}.weight", None)
 
 
+def prepare(model: nn.Module) -> None:
+    """Lay every QuantLinear below ``model`` out for the fastest kernel that serves it."""
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.prepare()
+
+
 def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
     """Turn every QuantLinear below ``model`` into a dense nn.Linear, in place."""
     quantized = [(n, m) for n, m in model.named_modules() if isinstance(m, QuantLinear)]

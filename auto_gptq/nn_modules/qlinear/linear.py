@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,12 +12,11 @@ from ...formats.gptq import ZERO_OFFSET, GPTQTensors, group_count, pack_layer, t
 from ...formats.packing import CODES_PER_STREAM
 from ...kernels import native, ops
 from .derived import HOW, DerivedWeight
+from .prepared import PACKED, TILED, PackedWeight
 
-_PACKED = ("qweight", "qzeros", "scales", "g_idx")
 
-
-class QuantLinear(nn.Linear):
-    """A linear layer over packed weights; buffers are the checkpoint's tensors, bit for bit.
+class QuantLinear(PackedWeight, nn.Linear):
+    """A linear layer over packed weights; it gives the checkpoint's tensors, bit for bit.
 
     It is an ``nn.Linear`` for whoever asks, but ``weight`` is derived: reading it dequantizes,
     writing it raises.
@@ -61,10 +59,6 @@ class QuantLinear(nn.Linear):
         self.register_buffer("scales", torch.zeros(groups, outfeatures, dtype=weight_dtype))
         self.register_buffer("g_idx", trivial_g_idx(infeatures, self.group_size))
         self.register_buffer("bias", torch.zeros(outfeatures, dtype=weight_dtype) if bias else None)
-        self.qweight: Tensor
-        self.qzeros: Tensor
-        self.scales: Tensor
-        self.g_idx: Tensor
         native.load()
 
     @property
@@ -86,16 +80,37 @@ class QuantLinear(nn.Linear):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Give the dense weight ``[N, K]``, computed in fp32 and rounded once."""
-        weight: Tensor = torch.ops.auto_gptq.dequantize(
-            *self._packed(), self.bits, self.zero_offset, dtype
-        )
+        weight: Tensor
+        if self.is_prepared:
+            tiled = (self._buffers[name] for name in TILED)
+            weight = torch.ops.auto_gptq.dequantize_tiles(*tiled, *self._settings(), dtype)
+        else:
+            packed = (self._buffers[name] for name in PACKED)
+            weight = torch.ops.auto_gptq.dequantize(*packed, self.bits, self.zero_offset, dtype)
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``x [..., K]``, in any float dtype, to ``[..., N]`` in the same dtype."""
-        output: Tensor = torch.ops.auto_gptq.q_linear(
-            x, *self._packed(), self.bias, self.bits, self.zero_offset
-        )
+        buffers = self._buffers
+        output: Tensor
+        if "tiles" in buffers:
+            output = torch.ops.auto_gptq.q_matmul(
+                x,
+                buffers["tiles"],
+                buffers["tile_scales"],
+                buffers["tile_zeros"],
+                buffers["perm"],
+                buffers["bias"],
+                self.bits,
+                self.group_size,
+                self.in_features,
+                self.out_features,
+            )
+        else:
+            packed = (buffers[name] for name in PACKED)
+            output = torch.ops.auto_gptq.q_linear(
+                x, *packed, buffers["bias"], self.bits, self.zero_offset
+            )
         return output
 
     def pack(
@@ -139,7 +154,8 @@ class QuantLinear(nn.Linear):
 
     def load_packed(self, packed: GPTQTensors, bias: Tensor | None = None) -> None:
         """Take packed tensors, which must have the shapes of the present ones."""
-        for name in _PACKED:
+        self.restore()
+        for name in PACKED:
             new, old = getattr(packed, name), getattr(self, name)
             if new.shape != old.shape:
                 raise CheckpointError(
@@ -148,6 +164,7 @@ class QuantLinear(nn.Linear):
             setattr(self, name, new)
         if self.bias is not None and bias is not None:
             self._buffers["bias"] = bias.detach().to(self.scales.dtype).clone()
+        self._lay_out_again()
 
     @property
     def checkpoint_format(self) -> str:
@@ -177,17 +194,6 @@ class QuantLinear(nn.Linear):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, bits={self.bits}, group_size={self.group_size}"
         )
-
-    def _packed(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.qweight, self.qzeros, self.scales, self.g_idx
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        """Move with the model, but keep the dtype of the scales: half() must not round them."""
-        scales = self.scales
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.scales.dtype != scales.dtype:
-            self.scales = scales.to(self.scales.device)
-        return self
 
 
 def check_shape(name: str, in_features: int, out_features: int, group_size: int) -> None:

@@ -134,10 +134,9 @@ class GeneralQuantLinear(QuantLinear):
         self.__dict__.update(
             {name: value for name, value in vars(quant_linear_module).items() if name[0] != "_"}
         )
-        for name, buffer in quant_linear_module.named_buffers(recurse=False):
-            self.register_buffer(name, buffer)
-        if quant_linear_module.bias is None:
-            self.register_buffer("bias", None)
+        transient = quant_linear_module._non_persistent_buffers_set
+        for name, buffer in quant_linear_module._buffers.items():
+            self.register_buffer(name, buffer, persistent=name not in transient)
         self.train(quant_linear_module.training)
 
 
