@@ -67,6 +67,22 @@ class Activations:
         self._kept: list[Tensor | _OnDisk] = []
         self._finite: list[Tensor] = []  # one flag per tensor, on the device: no waiting
 
+    @classmethod
+    def none(cls) -> Activations:
+        """Give an empty one."""
+        return cls(torch.device("cpu"), torch.float32, 0, home="device")
+
+    def first(self, tokens: int) -> Activations:
+        """Copy the first batches, of so many tokens, but one batch at least."""
+        part = Activations(self.device, self.dtype, tokens, folder=self._folder)
+        held = 0
+        for tensor in self:
+            held += tensor.shape[:-1].numel()
+            if held > tokens and len(part):
+                break
+            part.append(tensor)
+        return part
+
     def append(self, tensor: Tensor) -> None:
         """Add the hidden states of the next batch."""
         self._kept.append(self._put(len(self._kept), tensor))
@@ -97,7 +113,7 @@ class Activations:
 
         :raises NumericsError: naming the first batch with NaN or infinity
         """
-        finite = torch.stack(self._finite)
+        finite = torch.stack(self._finite) if self._finite else torch.ones(1)
         if finite.all():
             return
         batch = int((~finite).nonzero()[0])

@@ -21,6 +21,7 @@ from ..quantization.hessian import Hessian
 from ..quantization.precision import tensor_cores
 from ..quantization.solver import Solution, SolverOptions
 from .careful import solve_carefully
+from .originals import Originals
 from .ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,13 @@ class Feed:
     calls: list[BlockCall]
     keep: list[Tensor | None]  # [B, T] bool, False where padded
     ranks: Ranks = field(default_factory=Ranks)
+    # What enters the block in the full-precision model, for the first batches only.
+    exact: Activations = field(default_factory=Activations.none)
+
+    def of_exact(self) -> Feed:
+        """Give the batches whose full-precision hidden states are kept, with these."""
+        count = len(self.exact)
+        return Feed(self.exact, self.calls[:count], self.keep[:count], self.ranks)
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,7 @@ def solve_step(
     linears: Mapping[str, nn.Module],
     feed: Feed,
     options: Mapping[str, SolverOptions],  # by the names of the linears
+    originals: Originals | None = None,  # of the whole block, if the feed has exact states
 ) -> Iterator[Solved]:
     """Solve the linears of one step, and leave their dequantized weights in the block.
 
@@ -61,8 +70,11 @@ def solve_step(
     """
     collector = _Collector(linears)
     with collector.hooked():
-        for hidden, call, keep in zip(feed.hidden, feed.calls, feed.keep, strict=True):
-            collector.keep = keep
+        for i, (hidden, call) in enumerate(zip(feed.hidden, feed.calls, strict=True)):
+            collector.keep = feed.keep[i]
+            if originals is not None and i < len(feed.exact):
+                with originals.in_place():
+                    collector.note_exact(block, feed.exact[i], call)
             collector.run(block, hidden, call)
     # What this rank's batches have met may not be what another's have.
     unseen = [[name] for name in linears if name not in collector.seen]
@@ -104,7 +116,7 @@ def solve_together(
     ranks: Ranks,
 ) -> Iterator[Solved]:
     """Solve linears of one input, those with the same options as one."""
-    ranks.sum_hessian(hessian)
+    ranks.sum_hessian(hessian, any(options[name].correction for name in linears))
     for alike in dict.fromkeys(options[name] for name in linears):
         stacked = {name: linear for name, linear in linears.items() if options[name] == alike}
         yield from _solve_stacked(stacked, hessian, alike, ranks)
@@ -122,7 +134,7 @@ def _solve_stacked(
     notes: list[str] = []
 
     def of_rows(rows: Tensor) -> Solution:
-        found, note = solve_carefully(rows, mean, hessian.tokens, options)
+        found, note = solve_carefully(rows, hessian, mean, options)
         notes.append(note)
         return found
 
@@ -182,6 +194,9 @@ class _Collector:
     _inputs: dict[str, Tensor] = field(default_factory=dict)  # of the first batch, by first name
     _waiting: set[str] = field(default_factory=set)
     _is_first: bool = True
+    _exact: dict[str, Tensor] = field(default_factory=dict)  # the next batch's, by name
+    _is_exact: bool = False
+    _tokens: int = 0  # of the batch
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -204,20 +219,27 @@ class _Collector:
         weight = dense_weight(self.linears[names[0]])
         return Hessian(weight.shape[1], weight.device)
 
+    def note_exact(self, block: nn.Module, hidden: Tensor, call: BlockCall) -> None:
+        """Note the inputs of the linears in a pass of the full-precision block."""
+        self._is_exact, self._waiting = True, set(self.seen)
+        with suppress(_AllSeen):
+            run_block(block, hidden, call)
+        self._is_exact = False
+
     def run(self, block: nn.Module, hidden: Tensor, call: BlockCall) -> None:
-        self._waiting = set(self.seen)
+        self._waiting, self._tokens = set(self.seen), hidden.shape[:-1].numel()
         with suppress(_AllSeen):
             run_block(block, hidden, call)
         self._is_first = False
         self._inputs.clear()
+        self._exact.clear()
 
     def _hook(self, name: str) -> Any:
         def note(_linear: nn.Module, args: Sequence[Tensor]) -> None:
-            if self._is_first:
-                self._assign(name, args[0])
-            for sharing in self.sharing:
-                if sharing.names[0] == name:
-                    sharing.hessian.add(args[0], kept_tokens(self.keep, args[0]))
+            if self._is_exact:
+                self._exact[name] = args[0]
+            else:
+                self._add(name, args[0])
             self._waiting.discard(name)
             # The rest of the block's forward is wanted by nobody.  In the first pass it is not
             # known yet which linears will run.
@@ -225,6 +247,14 @@ class _Collector:
                 raise _AllSeen
 
         return note
+
+    def _add(self, name: str, x: Tensor) -> None:
+        if self._is_first:
+            self._assign(name, x)
+        for sharing in self.sharing:
+            if sharing.names[0] == name:
+                exact = same_tokens(self._exact.get(name), x, self._tokens)
+                sharing.hessian.add(x, kept_tokens(self.keep, x), exact)
 
     def _assign(self, name: str, x: Tensor) -> None:
         """Find the linears that read the very same tensor; their inputs are kept alive for that."""
@@ -238,6 +268,16 @@ class _Collector:
                 return
         self._inputs[name] = x
         self.sharing.append(_Sharing([name], Hessian(x.shape[-1], x.device)))
+
+
+def same_tokens(exact: Tensor | None, x: Tensor, tokens: int) -> Tensor | None:
+    """Give the full-precision input if it is of the same tokens as ``x``: of all in the batch.
+
+    An expert is given a choice of tokens, which the two models make differently.
+    """
+    if exact is None or exact.shape != x.shape or x.shape[:-1].numel() != tokens:
+        return None
+    return exact
 
 
 def kept_tokens(keep: Tensor | None, x: Tensor) -> Tensor | None:

@@ -23,7 +23,16 @@ from ..errors import UnsupportedModelError
 from ..nn_modules.surgery import features
 from ..quantization.hessian import Hessian
 from ..quantization.solver import SolverOptions
-from .block import Feed, Solved, check_finite, kept_tokens, run_block, solve_together
+from .block import (
+    Feed,
+    Solved,
+    check_finite,
+    kept_tokens,
+    run_block,
+    same_tokens,
+    solve_together,
+)
+from .originals import Originals
 
 # Activations alive in a stopped pass, in units of the widest input and twice the hidden size:
 # the residual, the linear's input, and what the model keeps beside them.
@@ -58,9 +67,9 @@ def fits_one_pass(linears: Mapping[str, nn.Module], feed: Feed) -> bool:
         return False
     x = feed.hidden[0]
     widest = max(features(linear)[0] for linear in linears.values())
-    tokens = sum(hidden.shape[:-1].numel() for hidden in feed.hidden)
+    tokens = sum(hidden.shape[:-1].numel() for hidden in (*feed.hidden, *feed.exact))
     needed = tokens * _ALIVE * (widest + 2 * x.shape[-1]) * x.element_size()
-    return needed < free_bytes(x.device) // (1 if x.is_cuda else 2)
+    return bool(needed < free_bytes(x.device) // (1 if x.is_cuda else 2))
 
 
 def solve_in_one_pass(
@@ -70,33 +79,60 @@ def solve_in_one_pass(
     feed: Feed,
     options: Mapping[str, SolverOptions],  # by the names of the linears
     threads: ThreadPoolExecutor,
+    originals: Originals | None = None,  # if the feed has exact states
 ) -> Iterator[Solved]:
     """Solve all linears of a block and replace the hidden states by the quantized block's outputs.
 
     :param groups: names that read one tensor, in the order of running: from :func:`reading_groups`
-    :param threads: one per batch at least; kept from block to block, because a new thread's first
-        product on a GPU takes 60 ms
+    :param threads: one per batch of either stream at least; kept from block to block, because a new
+        thread's first product on a GPU takes 60 ms
     :raises NumericsError: naming the linears whose weights or inputs hold NaN or infinity
     """
     stops = {group[0]: (linears[group[0]], _stop_before(group[0])) for group in groups}
     for group in groups:  # blocks of one class are taken to read alike; here that is checked
         stops |= {name: (linears[name], _read_as(group[0], name)) for name in group[1:]}
-    with _hooked(stops), _forwards(block, feed, threads) as forwards:
-        for forward in forwards:
-            forward.go_on()
+    with (
+        _hooked(stops),
+        _forwards(block, feed, threads) as forwards,
+        _forwards(block, feed.of_exact(), threads) as exacts,
+    ):
+        _all_go_on(forwards, exacts, originals)
         for group in groups:
             waiting = [forward for forward in forwards if forward.waits_before == group[0]]
             # Nobody waits where tokens are routed past an expert that the first batch met.
             hessian = Hessian(features(linears[group[0]])[0], feed.hidden.device)
-            for forward in waiting:
-                assert forward.input is not None
-                hessian.add(forward.input, kept_tokens(forward.keep, forward.input))
+            _sum_up(hessian, forwards, exacts, group[0])
             together = {name: linears[name] for name in group}
             yield from solve_together(together, hessian, options, feed.ranks)
-            for forward in waiting:
-                forward.go_on()
+            also = [forward for forward in exacts if forward.waits_before == group[0]]
+            _all_go_on(waiting, also, originals)
         feed.hidden[:] = [forward.result() for forward in forwards]
+        feed.exact[:] = [forward.result() for forward in exacts]
     check_finite(feed)
+
+
+def _all_go_on(
+    forwards: Sequence[_Forward], exacts: Sequence[_Forward], originals: Originals | None
+) -> None:
+    """Let passes run to their next stops, the exact ones with the full-precision weights."""
+    for forward in forwards:
+        forward.go_on()
+    if originals is not None:
+        with originals.in_place():
+            for forward in exacts:
+                forward.go_on()
+
+
+def _sum_up(
+    hessian: Hessian, forwards: Sequence[_Forward], exacts: Sequence[_Forward], name: str
+) -> None:
+    """Add the inputs that the passes hold before a linear."""
+    for i, forward in enumerate(forwards):
+        x = forward.input
+        if forward.waits_before != name or x is None:
+            continue
+        exact = exacts[i].input if i < len(exacts) and exacts[i].waits_before == name else None
+        hessian.add(x, kept_tokens(forward.keep, x), same_tokens(exact, x, forward.tokens))
 
 
 class _AbandonedError(Exception):
@@ -110,6 +146,7 @@ class _Forward:
 
     def __init__(self, block: nn.Module, hidden: Tensor, call: BlockCall, keep: Tensor | None):
         self.keep = keep
+        self.tokens = hidden.shape[:-1].numel()
         self.waits_before: str | None = None
         self.input: Tensor | None = None  # of the linear it waits before
         self.read: dict[str, int] = {}  # where the input of each stop lay

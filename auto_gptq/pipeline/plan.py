@@ -31,6 +31,10 @@ class Plan:
     settings: dict[str, BaseQuantizeConfig]  # by full name, of each linear to quantize
     head: str | None  # full name of the output head, if it is to be quantized
 
+    def corrects(self) -> bool:
+        """Tell whether any linear's target is corrected towards the full-precision model."""
+        return any(settings.correction for settings in self.settings.values())
+
     def options(self, block_name: str, index: int) -> dict[str, SolverOptions]:
         """Give the options of a block's linears by their relative names."""
         names = [name for step in self.steps[index] for name in step]
@@ -149,7 +153,12 @@ def _check_marlin(name: str, linear: nn.Module, config: BaseQuantizeConfig) -> N
 def solver_options(config: BaseQuantizeConfig) -> SolverOptions:
     """Translate the user's settings."""
     # Only the v1 format cannot hold a zero point of 0.
-    rule = GridRule(config.bits, config.sym, lowest_zero=ZERO_OFFSET[config.checkpoint_format])
+    rule = GridRule(
+        config.bits,
+        config.sym,
+        lowest_zero=ZERO_OFFSET[config.checkpoint_format],
+        signed=config.signed_scales,
+    )
     return SolverOptions(
         rule,
         group_size=config.group_size,
@@ -157,4 +166,5 @@ def solver_options(config: BaseQuantizeConfig) -> SolverOptions:
         act_order=config.desc_act,
         static_groups=config.static_groups,
         scale_search=config.scale_search,
+        correction=config.correction,
     )

@@ -25,6 +25,7 @@ from ..quantization.solver import SolverOptions
 from .block import Feed, Solved, propagate, solve_step
 from .journal import Finished, Journal, describe_job, restore
 from .one_pass import fits_one_pass, reading_groups, solve_in_one_pass
+from .originals import Originals
 from .placement import Workplace, execution_device, execution_dtype
 from .plan import Plan, make_plan, solver_options
 from .progress import Progress
@@ -35,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 # Tokens that run through a block at a time: enough to keep the device busy.
 _TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 32768}
+# Tokens that also run through the full-precision blocks, to see how far the quantized model drifts:
+# enough for a regression, and little time beside the Hessians of a usual calibration.
+_EXACT_TOKENS = 65536
 
 
 @torch.no_grad()
@@ -102,6 +106,9 @@ class _Run:
     ranks: Ranks
     journal: Journal | None
     batches: list[Batch]  # of this rank
+    # The full-precision model's hidden states before the block, of the first batches; replaced by
+    # those after it.  Empty if nothing is corrected towards them.
+    exact: Activations = field(default_factory=Activations.none)
     # Which linears read one tensor, by class of block and names of linears.
     readings: dict[tuple[type[nn.Module], tuple[str, ...]], list[list[str]]] = field(
         default_factory=dict
@@ -118,14 +125,16 @@ class _Run:
         report: list[ModuleReport] = []
         try:
             captured = self._capture(hidden)
+            if self.plan.corrects():
+                self.exact = hidden.first(_EXACT_TOKENS // self.ranks.count)
             with (
                 Progress(blocks, tokens, device, show_progress) as progress,
-                ThreadPoolExecutor(len(self.batches), "auto_gptq-pass") as threads,
+                ThreadPoolExecutor(2 * len(self.batches), "auto_gptq-pass") as threads,
             ):
                 for i, block in enumerate(self.plan.blocks):
                     calls = [call.to(device, dtype) for call in captured.calls[i]]
                     captured.calls[i] = []  # nobody asks again
-                    feed = Feed(hidden, calls, captured.keep, self.ranks)
+                    feed = Feed(hidden, calls, captured.keep, self.ranks, self.exact)
                     for entry in self._one_block(i, block, feed, threads):
                         report.append(entry)
                         progress.module_done(entry)
@@ -135,6 +144,7 @@ class _Run:
                     progress.block_done()
         finally:
             hidden.close()
+            self.exact.close()
         return report
 
     def _one_block(
@@ -147,6 +157,7 @@ class _Run:
         with self.workplace.holds(block, name):
             try:
                 if stored is not None:
+                    propagate(block, feed.of_exact())
                     restore(block, stored.layers)
                     propagate(block, feed)
                     layers, report = stored.layers, stored.report
@@ -170,14 +181,21 @@ class _Run:
         steps = self.plan.steps[index]
         options = self.plan.options(f"{self.plan.prefix}.{index}", index)
         linears = {name: block.get_submodule(name) for step in steps for name in step}
+        originals = Originals(linears) if feed.exact else None
         if len(steps) > 1 and self.ranks.all(fits_one_pass(linears, feed)):
             groups = self._reading_groups(block, linears, feed)
             if sum(map(len, groups)) == len(linears):  # all were reached, and none twice
-                yield from solve_in_one_pass(block, linears, groups, feed, options, threads)
+                yield from solve_in_one_pass(
+                    block, linears, groups, feed, options, threads, originals
+                )
                 return
         for step in steps:
-            yield from solve_step(block, {name: linears[name] for name in step}, feed, options)
+            of_step = {name: linears[name] for name in step}
+            yield from solve_step(block, of_step, feed, options, originals)
         propagate(block, feed)
+        if originals is not None:
+            with originals.in_place():
+                propagate(block, feed.of_exact())
 
     def _reading_groups(
         self, block: nn.Module, linears: Mapping[str, nn.Module], feed: Feed

@@ -84,14 +84,10 @@ class Ranks:
             ]
         return parted[self._part(len(parted))]
 
-    def sum_hessian(self, hessian: Hessian) -> None:
-        """Add up the other ranks' sums and tokens, in place."""
-        if self.count == 1:
-            return
-        dist.all_reduce(hessian.total)
-        tokens = torch.tensor([hessian.tokens], device=hessian.total.device)
-        dist.all_reduce(tokens)
-        hessian.tokens = int(tokens)
+    def sum_hessian(self, hessian: Hessian, with_drift: bool) -> None:
+        """Add the other ranks' sums and numbers of tokens, in place."""
+        if self.count > 1:
+            hessian.sum_over(dist.all_reduce, with_drift)
 
     def solve(
         self,

@@ -56,6 +56,8 @@ _ALL_FORMATS = set().union(*QUANT_METHOD_FORMAT_MAPPING.values())
 _FOREIGN_VERSIONS = {"gemv", "gemv_fast", "llm-awq", "exllama", "ipex", "marlin"}
 # Keys that are understood without being settings.
 _READ_BESIDES = {"version", "zero_point", "format", CHECKPOINT_FORMAT_FIELD_COMPAT_MARLIN}
+# Settings that AutoGPTQ did not have.
+_OWN_FIELDS = ("scale_search", "signed_scales", "correction", "lm_head", "dynamic")
 # Where a configuration may lie in a model folder, in the order of trying.
 _CONFIG_FILES = (QUANT_CONFIG_FILENAME, "quant_config.json", "config.json")
 
@@ -76,6 +78,9 @@ class BaseQuantizeConfig:
     :param model_name_or_path: where the quantized model came from or was saved to
     :param model_file_base_name: file name of the weights without its extension
     :param scale_search: choose the scales by the error they cause; False for AutoGPTQ's min-max
+    :param signed_scales: let that choice take negative scales; symmetric grids gain by it
+    :param correction: share of the drift from the full-precision model that every linear makes up
+        for, from 0 to 1
     :param lm_head: quantize the output head too; one tied to the embedding is untied
     :param dynamic: settings of some modules, by pattern: see :mod:`.dynamic`
     :param is_marlin_format: 0.7.1's way to say ``checkpoint_format="marlin"``
@@ -95,6 +100,8 @@ class BaseQuantizeConfig:
     model_name_or_path: str | None = None
     model_file_base_name: str | None = None
     scale_search: bool = True
+    signed_scales: bool = False
+    correction: float = 0.0
     lm_head: bool = False
     dynamic: dict[str, dict[str, Any]] | None = None
     is_marlin_format: InitVar[bool] = False
@@ -127,6 +134,11 @@ class BaseQuantizeConfig:
             raise ConfigError(
                 f"damp_percent is {self.damp_percent!r}; it must lie between 0 and 1, usually 0.01."
             )
+        if not 0 <= self.correction <= 1:
+            raise ConfigError(
+                f"correction is {self.correction!r}; it must lie between 0 (none) and 1, "
+                "usually 0.5."
+            )
         formats = QUANT_METHOD_FORMAT_MAPPING.get(self.quant_method)
         if formats is None:
             raise ConfigError(
@@ -157,7 +169,7 @@ class BaseQuantizeConfig:
         Settings that AutoGPTQ did not have are left out while they have their defaults.
         """
         fields = asdict(self)
-        for name in ("scale_search", "lm_head", "dynamic"):
+        for name in _OWN_FIELDS:
             if fields[name] == type(self).__dataclass_fields__[name].default:
                 del fields[name]
         at_the_end = (QUANT_METHOD_FIELD, CHECKPOINT_FORMAT_FIELD)

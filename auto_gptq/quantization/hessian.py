@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,20 +41,35 @@ class Hessian:
         self.total = torch.zeros(size, size, dtype=torch.float32, device=device)
         self.tokens = 0
         self._is_lower = False  # only the lower triangle of `total` counts
+        self._drift: Tensor | None = None
+        self._drift_tokens = 0
 
     def add(
         self,
         x: Tensor,  # [..., size] inputs of the layer
         keep: Tensor | None = None,  # [...] bool, False where x is padding
+        exact: Tensor | None = None,  # [..., size] what x is in the full-precision model
     ) -> None:
         """Add the outer products of all kept tokens, summed in fp32."""
-        rows = x.reshape(-1, x.shape[-1]) if keep is None else x[keep]
+        rows = _rows(x, keep)
         self.tokens += rows.shape[0]
+        if exact is not None:
+            self._add_drift(_rows(exact, keep), rows)
         if rows.is_cuda and rows.dtype.itemsize == _HALF:
             self._add_on_tensor_cores(rows)
         else:
             rows = rows.to(torch.float32)
             self.total.addmm_(rows.t(), rows)
+
+    def _add_drift(self, exact: Tensor, rows: Tensor) -> None:
+        # Numbers that near each other are subtracted without rounding.
+        away = exact - rows
+        if rows.is_cuda and rows.dtype.itemsize == _HALF:
+            product = torch.mm(away.t(), rows, out_dtype=torch.float32)
+        else:
+            product = away.to(torch.float32).t() @ rows.to(torch.float32)
+        self._drift = product if self._drift is None else self._drift.add_(product)
+        self._drift_tokens += rows.shape[0]
 
     def _add_on_tensor_cores(self, rows: Tensor) -> None:
         """Multiply 16-bit numbers as they are: their products are exact in fp32.
@@ -74,6 +91,27 @@ class Hessian:
         if self._is_lower:
             total = total.tril() + total.tril(-1).t()
         return total / max(self.tokens, 1)
+
+    def sum_over(self, add_others: Callable[[Tensor], Any], with_drift: bool) -> None:
+        """Add the sums of other processes.
+
+        :param add_others: adds to a tensor, in place, that of all other processes
+        """
+        add_others(self.total)
+        tokens = torch.tensor([self.tokens, self._drift_tokens], device=self.total.device)
+        add_others(tokens)
+        self.tokens, self._drift_tokens = (int(count) for count in tokens)
+        if with_drift:
+            self._drift = torch.zeros_like(self.total) if self._drift is None else self._drift
+            add_others(self._drift)
+
+    def drift(self) -> Tensor | None:
+        """Give ``[size, size]`` fp32, the mean of ``(exact - x) xᵀ``; None without any exact x."""
+        return None if self._drift is None else self._drift / max(self._drift_tokens, 1)
+
+
+def _rows(x: Tensor, keep: Tensor | None) -> Tensor:
+    return x.reshape(-1, x.shape[-1]) if keep is None else x[keep]
 
 
 @dataclass(frozen=True)

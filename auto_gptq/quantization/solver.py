@@ -34,6 +34,7 @@ class SolverOptions:
     act_order: bool = False
     static_groups: bool = False
     scale_search: bool = True  # fit ranges to the error they cause instead of min-max
+    correction: float = 0.0  # share of the drift from the full-precision model to make up for
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,12 @@ def solve(
     weight: Tensor,  # [N, K] any float dtype
     hessian: Tensor,  # [K, K] fp32
     options: SolverOptions,
+    drift: Tensor | None = None,  # [K, K] fp32, see Hessian.drift
 ) -> Solution:
     """Quantize one layer.
+
+    With a drift the target is not the weight itself but what gives the full-precision model's
+    outputs on the inputs of the quantized one; ``loss`` then is the distance from that.
 
     :raises NumericsError: if the weight or the Hessian holds NaN or infinity
     """
@@ -82,6 +87,8 @@ def solve(
         raise NumericsError("The weight holds NaN or infinity; the checkpoint is damaged.")
     order = _processing_order(hessian, options.act_order)
     factor = factorize(hessian[order][:, order], options.damp_percent)
+    if drift is not None and options.correction:
+        target = target + options.correction * _shift(target, drift, order, factor.inverse)
 
     group = trivial_g_idx(columns, options.group_size, weight.device)
     sweep = _Sweep(target.t()[order].contiguous(), factor.inverse, rule)
@@ -149,6 +156,22 @@ def _processing_order(hessian: Tensor, act_order: bool) -> Tensor:
     if act_order:
         return torch.argsort(hessian.diagonal(), descending=True, stable=True)
     return torch.arange(hessian.shape[0], device=hessian.device)
+
+
+def _shift(
+    weight: Tensor,  # [N, K]
+    drift: Tensor,  # [K, K]
+    order: Tensor,  # [K]
+    inverse: Tensor,  # [K, K] the factor U in processing order
+) -> Tensor:  # [N, K]
+    """Give how the weight must change to make up for its inputs' drift.
+
+    ``‖W X' - Q X‖²`` over Q, X' the full-precision model's inputs, is ``(W* - Q) H (W* - Q)ᵀ`` plus
+    a constant, with ``W* = W + W C H⁻¹`` and ``C = (X' - X) Xᵀ``.  Here ``(H + damping)⁻¹ = Uᵀ U``.
+    """
+    shift = torch.empty_like(weight)
+    shift[:, order] = (weight @ drift)[:, order] @ inverse.t() @ inverse
+    return shift
 
 
 def _fit_groups(
