@@ -4,8 +4,9 @@ The time of a block is the difference between a model of four and one of two blo
 loading, capture and the first use of kernels do not count.  The whole model is measured as a whole.
 llm-compressor is measured in the same run where it is installed.
 
-On several GPUs: ``torchrun --nproc-per-node 2 benchmarks/end_to_end.py --codes FILE``, after a run
-with one that wrote the file.
+With ``--ranks-only`` only the codes and times of four and eight blocks are taken, once alone and
+once under ``torchrun --nproc-per-node 2 benchmarks/end_to_end.py --ranks-only --codes FILE``, which
+compares its codes with those in the file that the first run has left.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ from auto_gptq import BaseQuantizeConfig
 from auto_gptq.calibration.datasets import as_examples
 from auto_gptq.kernels import native
 from auto_gptq.modeling import BaseGPTQForCausalLM
-from auto_gptq.pipeline import block as block_module
+from auto_gptq.nn_modules.qlinear import QuantLinear
+from auto_gptq.pipeline import careful
 from auto_gptq.pipeline import quantize as pipeline
+from auto_gptq.pipeline.ranks import Ranks
 from auto_gptq.quantization import solver
 from auto_gptq.quantization.hessian import Hessian
 
@@ -43,9 +46,9 @@ VARIANTS = {
 PHASES = {
     "Hessians": (Hessian, "add"),
     "factorization": (solver, "factorize"),
-    "scales and columns": (block_module, "solve"),
-    "packing": (pipeline, "_pack"),
-    "before the blocks": (pipeline, "_capture"),
+    "scales and columns": (careful, "solve"),
+    "packing": (pipeline, "quantized_from"),
+    "before the blocks": (pipeline, "capture"),
 }
 
 
@@ -68,6 +71,7 @@ def settle() -> None:
 
 
 def seconds(built: Any, rows: torch.Tensor, settings: dict[str, Any]) -> float:
+    """Give the seconds of quantizing; the packed layers are left in the model."""
     config = BaseQuantizeConfig(bits=4, group_size=128, **settings)
     wrapper = BaseGPTQForCausalLM(built, False, config)
     settle()
@@ -154,6 +158,54 @@ def measure_peer(tokens: torch.Tensor, options: Any, device: str) -> Any:
     }
 
 
+def codes(built: Any) -> dict[str, torch.Tensor]:
+    """Give the packed codes of all layers, on the CPU."""
+    layers = {n: m for n, m in built.named_modules() if isinstance(m, QuantLinear)}
+    return {name: layer.state_dict()["qweight"].cpu() for name, layer in layers.items()}
+
+
+def same_share(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Give per layer the share of 4-bit codes that are the same."""
+    shares = {}
+    for name, words in one.items():
+        differing = (words ^ other[name]).view(torch.uint8)
+        unequal = ((differing & 15) != 0).sum() + ((differing >> 4) != 0).sum()
+        shares[name] = 1 - float(unequal) / (2 * differing.numel())
+    return shares
+
+
+def measure_ranks(tokens: torch.Tensor, options: argparse.Namespace) -> None:
+    """Measure as many GPUs as there are ranks, and compare with the codes of one."""
+    ranks = Ranks.current()
+    device = f"cuda:{ranks.rank}" if torch.cuda.is_available() else "cpu"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device)
+    settings = VARIANTS["act-order, static groups"]
+    seconds(model(1, options, device), tokens[: 8 * ranks.count], settings)
+    four = model(4, options, device)
+    short = seconds(four, tokens, settings)
+    long = seconds(model(8, options, device), tokens, settings)
+    row: dict[str, Any] = {
+        "ranks": ranks.count,
+        "4 blocks, s": short,
+        "8 blocks, s": long,
+        "per block, s": (long - short) / 4,
+    }
+    found = codes(four)
+    if ranks.count == 1:
+        torch.save((row, found), options.codes)
+    elif ranks.is_first:
+        alone, wanted = torch.load(options.codes)
+        shares = same_share(wanted, found)
+        row["codes as with one"] = sum(shares.values()) / len(shares)
+        row["fewest in a layer"] = min(shares.values())
+        row["times as fast"] = alone["per block, s"] / row["per block, s"]
+        rows = [alone | dict.fromkeys(row.keys() - alone.keys(), 1.0), row]
+        print(table([{key: r[key] for key in row} for r in rows]))
+        print(shares)
+        print(save(f"end-to-end-ranks-{ranks.count}", {"rows": rows}, options.results))
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--rows", type=int, default=128)
@@ -162,11 +214,16 @@ def main() -> None:
     arguments.add_argument("--intermediate", type=int, default=11008)
     arguments.add_argument("--blocks", type=int, default=BLOCKS_OF_7B)
     arguments.add_argument("--results", type=Path)
+    arguments.add_argument("--ranks-only", action="store_true")
+    arguments.add_argument("--codes", type=Path, default=Path("codes-of-one.pt"))
     options = arguments.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     print(native.reason(), flush=True)
     tokens = torch.randint(0, 32000, (options.rows, options.length))
+    if options.ranks_only:
+        measure_ranks(tokens, options)
+        return
     rows: list[dict[str, Any]] = []
     for name, settings in VARIANTS.items():
         rows.append({"variant": name} | measure(settings, tokens, options, device))

@@ -70,7 +70,10 @@ def solve_step(
     """
     collector = _Collector(linears)
     with collector.hooked():
+        starts = [part.start for part in feed.ranks.parts(len(feed.hidden))]
         for i, (hidden, call) in enumerate(zip(feed.hidden, feed.calls, strict=True)):
+            if i in starts:
+                collector.begin_part()
             collector.keep = feed.keep[i]
             if originals is not None and i < len(feed.exact):
                 with originals.in_place():
@@ -180,7 +183,16 @@ class _Sharing:
     """Linears that read the same tensor."""
 
     names: list[str]
-    hessian: Hessian
+    hessian: Hessian  # of the present part of the batches
+    earlier: Hessian | None = None  # of the parts before
+
+    def begin_part(self) -> None:
+        """Add what there is to the earlier parts."""
+        if self.earlier is None:
+            self.earlier = self.hessian
+        else:
+            self.earlier.merge(self.hessian)
+        self.hessian = Hessian(len(self.hessian.total), self.hessian.total.device)
 
 
 @dataclass
@@ -210,12 +222,19 @@ class _Collector:
             for handle in handles:
                 handle.remove()
 
+    def begin_part(self) -> None:
+        """Sum up the next batches apart from those before, and add the sums."""
+        for sharing in self.sharing:
+            sharing.begin_part()
+
     def hessian(self, names: Sequence[str]) -> Hessian:
         """Give the Hessian of linears of one input; an empty one if none was met."""
         for sharing in self.sharing:
             if names[0] in sharing.names:
+                sharing.begin_part()
+                assert sharing.earlier is not None
                 whole = sharing.names == list(names)
-                return sharing.hessian if whole else copy.deepcopy(sharing.hessian)
+                return sharing.earlier if whole else copy.deepcopy(sharing.earlier)
         weight = dense_weight(self.linears[names[0]])
         return Hessian(weight.shape[1], weight.device)
 

@@ -99,9 +99,14 @@ def solve_in_one_pass(
         _all_go_on(forwards, exacts, originals)
         for group in groups:
             waiting = [forward for forward in forwards if forward.waits_before == group[0]]
-            # Nobody waits where tokens are routed past an expert that the first batch met.
-            hessian = Hessian(features(linears[group[0]])[0], feed.hidden.device)
-            _sum_up(hessian, forwards, exacts, group[0])
+            inputs = features(linears[group[0]])[0]
+            hessian = Hessian(inputs, feed.hidden.device)
+            for part in feed.ranks.parts(len(forwards)):
+                some = hessian if part.start == 0 else Hessian(inputs, feed.hidden.device)
+                # Nobody waits where tokens are routed past an expert that the first batch met.
+                _add_inputs(some, forwards, exacts, part, group[0])
+                if some is not hessian:
+                    hessian.merge(some)
             together = {name: linears[name] for name in group}
             yield from solve_together(together, hessian, options, feed.ranks)
             also = [forward for forward in exacts if forward.waits_before == group[0]]
@@ -123,12 +128,16 @@ def _all_go_on(
                 forward.go_on()
 
 
-def _sum_up(
-    hessian: Hessian, forwards: Sequence[_Forward], exacts: Sequence[_Forward], name: str
+def _add_inputs(
+    hessian: Hessian,
+    forwards: Sequence[_Forward],
+    exacts: Sequence[_Forward],
+    part: range,
+    name: str,
 ) -> None:
-    """Add the inputs that the passes hold before a linear."""
-    for i, forward in enumerate(forwards):
-        x = forward.input
+    """Add the inputs that some passes hold before a linear."""
+    for i in part:
+        forward, x = forwards[i], forwards[i].input
         if forward.waits_before != name or x is None:
             continue
         exact = exacts[i].input if i < len(exacts) and exacts[i].waits_before == name else None

@@ -76,7 +76,9 @@ def quantize_model(
     plan = make_plan(model, architecture, config)
     with ranks.device(execution_device(model)) as device:
         dtype = execution_dtype(next(plan.blocks.parameters()).dtype, device)
-        batches = merge_batches(batches, _TOKENS_AT_ONCE.get(device.type, 2048))
+        # Two batches at least: see Ranks.parts.
+        half = -(-sum(batch.input_ids.numel() for batch in batches) // 2)
+        batches = merge_batches(batches, min(half, _TOKENS_AT_ONCE.get(device.type, 2048)))
         journal = None
         if work_dir is not None:
             job = describe_job(model, config, batches, dtype, disk.head if disk else None)

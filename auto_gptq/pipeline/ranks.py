@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -83,6 +84,15 @@ class Ranks:
                 for part in (slice(rows // 2), slice(rows // 2, None))
             ]
         return parted[self._part(len(parted))]
+
+    def parts(self, batches: int) -> list[range]:
+        """Part this rank's batches into those whose sums are taken apart and then added.
+
+        One process adds the sums of two halves, and two processes add theirs: fp32 sums depend on
+        their order in the last bits, and from there more and more codes would differ.
+        """
+        cuts = [0, batches // 2, batches] if self.count == 1 and batches > 1 else [0, batches]
+        return [range(start, stop) for start, stop in pairwise(cuts)]
 
     def sum_hessian(self, hessian: Hessian, with_drift: bool) -> None:
         """Add the other ranks' sums and numbers of tokens, in place."""

@@ -92,6 +92,17 @@ class Hessian:
             total = total.tril() + total.tril(-1).t()
         return total / max(self.tokens, 1)
 
+    def merge(self, other: Hessian) -> None:
+        """Add another one's sums, in place."""
+        self.total += other.total
+        self.tokens += other.tokens
+        self._is_lower |= other._is_lower
+        self._drift_tokens += other._drift_tokens
+        if self._drift is None:
+            self._drift = other._drift
+        elif other._drift is not None:
+            self._drift += other._drift
+
     def sum_over(self, add_others: Callable[[Tensor], Any], with_drift: bool) -> None:
         """Add the sums of other processes.
 
