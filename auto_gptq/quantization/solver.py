@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import NumericsError
 from ..formats.gptq import trivial_g_idx
 from ..formats.grid import Grid, GridRule
-from ..kernels import native, ops
+from ..kernels import gpu, ops
 from .hessian import factorize
 from .precision import tensor_cores
 
@@ -79,7 +79,7 @@ def solve(
 
     :raises NumericsError: if the weight or the Hessian holds NaN or infinity
     """
-    native.load()
+    gpu.load_solver()
     rule = options.rule
     columns = weight.shape[1]
     target = weight.to(torch.float32)
