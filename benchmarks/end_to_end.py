@@ -22,6 +22,7 @@ from unittest import mock
 
 import peers
 import torch
+import torch.distributed as dist
 from measure import save, table
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -38,9 +39,10 @@ from auto_gptq.quantization.hessian import Hessian
 
 BLOCKS_OF_7B = 32
 ANCHORS = [("llm-compressor 0.14.0.1", 2.57), ("GPTQModel 7.3.4", 15.2)]  # anchors/h100.json
-VARIANTS = {
-    "act-order, static groups": {"desc_act": True, "static_groups": True},
-    "groups in order, min-max": {"desc_act": False, "scale_search": False},
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {"name": "default"},
+    "act-order, static groups": {"name": "default", "signed_scales": False, "correction": 0.0},
+    "groups in order, min-max": {"name": "compatible", "desc_act": False},
 }
 # Phase → where its work is done; a phase inside another counts for itself alone.
 PHASES = {
@@ -49,6 +51,9 @@ PHASES = {
     "scales and columns": (careful, "solve"),
     "packing": (pipeline, "quantized_from"),
     "before the blocks": (pipeline, "capture"),
+    "sums over ranks": (dist, "all_reduce"),
+    "codes from ranks": (dist, "all_gather"),
+    "agreeing": (Ranks, "all"),
 }
 
 
@@ -72,7 +77,7 @@ def settle() -> None:
 
 def seconds(built: Any, rows: torch.Tensor, settings: dict[str, Any]) -> float:
     """Give the seconds of quantizing; the packed layers are left in the model."""
-    config = BaseQuantizeConfig(bits=4, group_size=128, **settings)
+    config = BaseQuantizeConfig.preset(**settings)
     wrapper = BaseGPTQForCausalLM(built, False, config)
     settle()
     started = time.perf_counter()
@@ -192,6 +197,7 @@ def measure_ranks(tokens: torch.Tensor, options: argparse.Namespace) -> None:
         "per block, s": (long - short) / 4,
     }
     found = codes(four)
+    row |= phases(tokens, options, device)
     if ranks.count == 1:
         torch.save((row, found), options.codes)
     elif ranks.is_first:

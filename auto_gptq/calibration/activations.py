@@ -83,6 +83,10 @@ class Activations:
             part.append(tensor)
         return part
 
+    def copy(self) -> Activations:
+        """Copy all; what is on the device is shared until one of both takes another tensor."""
+        return self.first(self._rows)
+
     def append(self, tensor: Tensor) -> None:
         """Add the hidden states of the next batch."""
         self._kept.append(self._put(len(self._kept), tensor))

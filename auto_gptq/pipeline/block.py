@@ -6,7 +6,7 @@ import copy
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..quantization.hessian import Hessian
 from ..quantization.precision import tensor_cores
 from ..quantization.solver import Solution, SolverOptions
 from .careful import solve_carefully
-from .originals import Originals
+from .exact import Exact, gap_before, same_tokens
 from .ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -61,22 +61,24 @@ def solve_step(
     linears: Mapping[str, nn.Module],
     feed: Feed,
     options: Mapping[str, SolverOptions],  # by the names of the linears
-    originals: Originals | None = None,  # of the whole block, if the feed has exact states
+    exact: Exact | None = None,  # of the whole block, if the feed has exact states
 ) -> Iterator[Solved]:
     """Solve the linears of one step, and leave their dequantized weights in the block.
 
     Linears that read the same tensor share one Hessian, and those with the same options also one
     factorization.
     """
-    collector = _Collector(linears)
-    with collector.hooked():
+    collector = _Collector(linears, exact.writers if exact is not None else [])
+    with collector.hooked(), ExitStack() as context:
+        if exact is not None:
+            context.enter_context(exact.watched(collector.written))
         starts = [part.start for part in feed.ranks.parts(len(feed.hidden))]
         for i, (hidden, call) in enumerate(zip(feed.hidden, feed.calls, strict=True)):
             if i in starts:
                 collector.begin_part()
             collector.keep = feed.keep[i]
-            if originals is not None and i < len(feed.exact):
-                with originals.in_place():
+            if exact is not None and i < len(feed.exact):
+                with exact.in_place():
                     collector.note_exact(block, feed.exact[i], call)
             collector.run(block, hidden, call)
     # What this rank's batches have met may not be what another's have.
@@ -134,15 +136,20 @@ def _solve_stacked(
     weights = {name: dense_weight(linear).float() for name, linear in linears.items()}
     tall = torch.cat(list(weights.values()))
     _check_weights(weights)
+    with tensor_cores():
+        pull = hessian.pull(tall) if options.correction else None
     notes: list[str] = []
 
-    def of_rows(rows: Tensor) -> Solution:
-        found, note = solve_carefully(rows, hessian, mean, options)
+    def of_rows(rows: slice) -> Solution:
+        pulled = None if pull is None else pull[rows]
+        found, note = solve_carefully(
+            tall[rows], mean, hessian.tokens, options, pulled, ranks.row_parts
+        )
         notes.append(note)
         return found
 
     try:
-        solved = ranks.solve(of_rows, tall)
+        solved = ranks.solve(of_rows, len(tall))
     except NumericsError as error:
         raise NumericsError(f"{', '.join(linears)}: {error}") from error
     if notes[0]:
@@ -200,14 +207,17 @@ class _Collector:
     """Hooks on the linears of one step that feed their inputs to Hessians."""
 
     linears: Mapping[str, nn.Module]
+    writers: Sequence[str] = ()  # to the residual stream
     sharing: list[_Sharing] = field(default_factory=list)
     keep: Tensor | None = None
     seen: set[str] = field(default_factory=set)
     _inputs: dict[str, Tensor] = field(default_factory=dict)  # of the first batch, by first name
     _waiting: set[str] = field(default_factory=set)
     _is_first: bool = True
-    _exact: dict[str, Tensor] = field(default_factory=dict)  # the next batch's, by name
+    # The next batch's inputs in the full-precision model and its residual stream, by name.
+    _exact: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     _is_exact: bool = False
+    _residual: Tensor | None = None
     _tokens: int = 0  # of the batch
 
     @contextmanager
@@ -240,23 +250,30 @@ class _Collector:
 
     def note_exact(self, block: nn.Module, hidden: Tensor, call: BlockCall) -> None:
         """Note the inputs of the linears in a pass of the full-precision block."""
-        self._is_exact, self._waiting = True, set(self.seen)
+        self._is_exact, self._waiting, self._residual = True, set(self.seen), hidden
         with suppress(_AllSeen):
             run_block(block, hidden, call)
         self._is_exact = False
 
     def run(self, block: nn.Module, hidden: Tensor, call: BlockCall) -> None:
-        self._waiting, self._tokens = set(self.seen), hidden.shape[:-1].numel()
+        self._waiting, self._residual = set(self.seen), hidden
+        self._tokens = hidden.shape[:-1].numel()
         with suppress(_AllSeen):
             run_block(block, hidden, call)
         self._is_first = False
         self._inputs.clear()
         self._exact.clear()
 
+    def written(self, output: Tensor) -> None:
+        """Follow the residual stream."""
+        assert self._residual is not None
+        self._residual = self._residual + output.reshape_as(self._residual)
+
     def _hook(self, name: str) -> Any:
         def note(_linear: nn.Module, args: Sequence[Tensor]) -> None:
             if self._is_exact:
-                self._exact[name] = args[0]
+                residual = self._residual if name in self.writers else None
+                self._exact[name] = args[0], residual
             else:
                 self._add(name, args[0])
             self._waiting.discard(name)
@@ -272,8 +289,10 @@ class _Collector:
             self._assign(name, x)
         for sharing in self.sharing:
             if sharing.names[0] == name:
-                exact = same_tokens(self._exact.get(name), x, self._tokens)
-                sharing.hessian.add(x, kept_tokens(self.keep, x), exact)
+                noted, residual = self._exact.get(name, (None, None))
+                exact = same_tokens(noted, x, self._tokens)
+                gap = None if exact is None else gap_before(residual, self._residual, x)
+                sharing.hessian.add(x, kept_tokens(self.keep, x), exact, gap)
 
     def _assign(self, name: str, x: Tensor) -> None:
         """Find the linears that read the very same tensor; their inputs are kept alive for that."""
@@ -287,16 +306,6 @@ class _Collector:
                 return
         self._inputs[name] = x
         self.sharing.append(_Sharing([name], Hessian(x.shape[-1], x.device)))
-
-
-def same_tokens(exact: Tensor | None, x: Tensor, tokens: int) -> Tensor | None:
-    """Give the full-precision input if it is of the same tokens as ``x``: of all in the batch.
-
-    An expert is given a choice of tokens, which the two models make differently.
-    """
-    if exact is None or exact.shape != x.shape or x.shape[:-1].numel() != tokens:
-        return None
-    return exact
 
 
 def kept_tokens(keep: Tensor | None, x: Tensor) -> Tensor | None:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ..errors import FactorizationError, NumericsError
-from ..quantization.hessian import Hessian
 from ..quantization.solver import Solution, SolverOptions, round_to_nearest, solve
 
 # Fewer tokens than inputs leave directions of the input in which the Hessian knows nothing.
@@ -15,15 +14,16 @@ TOKENS_PER_INPUT = 1
 
 def solve_carefully(
     weight: Tensor,  # [N, K]
-    sums: Hessian,
-    hessian: Tensor,  # [K, K] the mean of these sums
+    hessian: Tensor,  # [K, K] mean over the tokens
+    tokens: int,
     options: SolverOptions,
+    pull: Tensor | None = None,  # [N, K], see Hessian.pull
+    parts: int = 1,
 ) -> tuple[Solution, str]:
     """Solve one matrix; say what was done otherwise than asked for, or nothing.
 
     :raises NumericsError: if the weight or the Hessian holds NaN or infinity, or a scale would
     """
-    tokens = sums.tokens
     enough = TOKENS_PER_INPUT * weight.shape[1]
     note = ""
     if tokens == 0:
@@ -37,7 +37,7 @@ def solve_carefully(
                 f"solved with {tokens / enough:.0%} of its Hessian's off-diagonal part."
             )
         try:
-            found = solve(weight, hessian, options, sums.drift())
+            found = solve(weight, hessian, options, pull, parts)
         except FactorizationError as error:
             found = round_to_nearest(weight, hessian, options)
             note = f"was only rounded: {error}"

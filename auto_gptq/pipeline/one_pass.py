@@ -29,10 +29,9 @@ from .block import (
     check_finite,
     kept_tokens,
     run_block,
-    same_tokens,
     solve_together,
 )
-from .originals import Originals
+from .exact import Exact, gap_before, same_tokens
 
 # Activations alive in a stopped pass, in units of the widest input and twice the hidden size:
 # the residual, the linear's input, and what the model keeps beside them.
@@ -79,7 +78,7 @@ def solve_in_one_pass(
     feed: Feed,
     options: Mapping[str, SolverOptions],  # by the names of the linears
     threads: ThreadPoolExecutor,
-    originals: Originals | None = None,  # if the feed has exact states
+    exact: Exact | None = None,  # if the feed has exact states
 ) -> Iterator[Solved]:
     """Solve all linears of a block and replace the hidden states by the quantized block's outputs.
 
@@ -91,12 +90,14 @@ def solve_in_one_pass(
     stops = {group[0]: (linears[group[0]], _stop_before(group[0])) for group in groups}
     for group in groups:  # blocks of one class are taken to read alike; here that is checked
         stops |= {name: (linears[name], _read_as(group[0], name)) for name in group[1:]}
+    exact = exact or Exact(block, {}, [])
     with (
         _hooked(stops),
+        exact.watched(_written),
         _forwards(block, feed, threads) as forwards,
         _forwards(block, feed.of_exact(), threads) as exacts,
     ):
-        _all_go_on(forwards, exacts, originals)
+        _all_go_on(forwards, exacts, exact)
         for group in groups:
             waiting = [forward for forward in forwards if forward.waits_before == group[0]]
             inputs = features(linears[group[0]])[0]
@@ -104,28 +105,25 @@ def solve_in_one_pass(
             for part in feed.ranks.parts(len(forwards)):
                 some = hessian if part.start == 0 else Hessian(inputs, feed.hidden.device)
                 # Nobody waits where tokens are routed past an expert that the first batch met.
-                _add_inputs(some, forwards, exacts, part, group[0])
+                _add_inputs(some, forwards, exacts, part, group[0] in exact.writers, group[0])
                 if some is not hessian:
                     hessian.merge(some)
             together = {name: linears[name] for name in group}
             yield from solve_together(together, hessian, options, feed.ranks)
             also = [forward for forward in exacts if forward.waits_before == group[0]]
-            _all_go_on(waiting, also, originals)
+            _all_go_on(waiting, also, exact)
         feed.hidden[:] = [forward.result() for forward in forwards]
         feed.exact[:] = [forward.result() for forward in exacts]
     check_finite(feed)
 
 
-def _all_go_on(
-    forwards: Sequence[_Forward], exacts: Sequence[_Forward], originals: Originals | None
-) -> None:
+def _all_go_on(forwards: Sequence[_Forward], exacts: Sequence[_Forward], exact: Exact) -> None:
     """Let passes run to their next stops, the exact ones with the full-precision weights."""
     for forward in forwards:
         forward.go_on()
-    if originals is not None:
-        with originals.in_place():
-            for forward in exacts:
-                forward.go_on()
+    with exact.in_place():
+        for forward in exacts:
+            forward.go_on()
 
 
 def _add_inputs(
@@ -133,15 +131,23 @@ def _add_inputs(
     forwards: Sequence[_Forward],
     exacts: Sequence[_Forward],
     part: range,
+    writes: bool,
     name: str,
 ) -> None:
-    """Add the inputs that some passes hold before a linear."""
+    """Add the inputs that some passes hold before a linear.
+
+    :param writes: whether the linear writes to the residual stream
+    """
     for i in part:
         forward, x = forwards[i], forwards[i].input
         if forward.waits_before != name or x is None:
             continue
-        exact = exacts[i].input if i < len(exacts) and exacts[i].waits_before == name else None
-        hessian.add(x, kept_tokens(forward.keep, x), same_tokens(exact, x, forward.tokens))
+        exact = gap = None
+        if i < len(exacts) and exacts[i].waits_before == name:
+            exact = same_tokens(exacts[i].input, x, forward.tokens)
+        if exact is not None and writes:
+            gap = gap_before(exacts[i].residual, forward.residual, x)
+        hessian.add(x, kept_tokens(forward.keep, x), exact, gap)
 
 
 class _AbandonedError(Exception):
@@ -156,6 +162,7 @@ class _Forward:
     def __init__(self, block: nn.Module, hidden: Tensor, call: BlockCall, keep: Tensor | None):
         self.keep = keep
         self.tokens = hidden.shape[:-1].numel()
+        self.residual = hidden  # as far as the pass has come
         self.waits_before: str | None = None
         self.input: Tensor | None = None  # of the linear it waits before
         self.read: dict[str, int] = {}  # where the input of each stop lay
@@ -181,6 +188,10 @@ class _Forward:
             self._finished = True
             self.waits_before = self.input = None
             self._has_stopped.release()
+
+    def written(self, output: Tensor) -> None:
+        """Follow the residual stream."""
+        self.residual = self.residual + output.reshape_as(self.residual)
 
     def stop_before(self, name: str, x: Tensor) -> None:
         """Hand control back to the main thread until it says to go on."""
@@ -227,6 +238,10 @@ def _forwards(
         for forward in forwards:
             forward.abandon()
         wait([forward.future for forward in forwards])
+
+
+def _written(output: Tensor) -> None:
+    _Forward.running.forward.written(output)
 
 
 def _stop_before(name: str) -> Any:

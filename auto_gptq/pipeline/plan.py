@@ -31,9 +31,9 @@ class Plan:
     settings: dict[str, BaseQuantizeConfig]  # by full name, of each linear to quantize
     head: str | None  # full name of the output head, if it is to be quantized
 
-    def corrects(self) -> bool:
-        """Tell whether any linear's target is corrected towards the full-precision model."""
-        return any(settings.correction for settings in self.settings.values())
+    def looks_at_exact(self) -> bool:
+        """Tell whether the full-precision model must run beside the quantized one."""
+        return any(own.correction or own.tuning_epochs for own in self.settings.values())
 
     def options(self, block_name: str, index: int) -> dict[str, SolverOptions]:
         """Give the options of a block's linears by their relative names."""
@@ -166,5 +166,6 @@ def solver_options(config: BaseQuantizeConfig) -> SolverOptions:
         act_order=config.desc_act,
         static_groups=config.static_groups,
         scale_search=config.scale_search,
+        keep_unrounded=config.tuning_epochs > 0,
         correction=config.correction,
     )

@@ -6,7 +6,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,27 +18,33 @@ from ..calibration.capture import BlockCall, Captured, capture, capture_head
 from ..calibration.examples import Batch, merge_batches
 from ..checkpoint.blocks import DiskWeights
 from ..errors import ConfigError, NumericsError, QuantizedStateError
-from ..nn_modules.qlinear.linear import QuantLinear
-from ..nn_modules.surgery import features, quantized_from, replace, untie
+from ..nn_modules import surgery
+from ..nn_modules.qlinear.linear import QuantLinear, dense_weight
+from ..nn_modules.surgery import features, find_linears, quantized_from, untie
 from ..quantization.config import BaseQuantizeConfig
 from ..quantization.solver import SolverOptions
 from .block import Feed, Solved, propagate, solve_step
+from .exact import Exact, find_writers
 from .journal import Finished, Journal, describe_job, restore
 from .one_pass import fits_one_pass, reading_groups, solve_in_one_pass
-from .originals import Originals
 from .placement import Workplace, execution_device, execution_dtype
 from .plan import Plan, make_plan, solver_options
 from .progress import Progress
 from .ranks import Ranks
 from .report import ModuleReport, summary, write_report
+from .tuning import tune_block
 
 logger = logging.getLogger(__name__)
 
 # Tokens that run through a block at a time: enough to keep the device busy.
 _TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 32768}
+_TUNED_AT_ONCE = 4096  # fewer: each batch is one step
 # Tokens that also run through the full-precision blocks, to see how far the quantized model drifts:
 # enough for a regression, and little time beside the Hessians of a usual calibration.
 _EXACT_TOKENS = 65536
+
+
+_Kind = tuple[type[nn.Module], tuple[str, ...]]  # class of block, names of its linears
 
 
 @torch.no_grad()
@@ -78,13 +84,15 @@ def quantize_model(
         dtype = execution_dtype(next(plan.blocks.parameters()).dtype, device)
         # Two batches at least: see Ranks.parts.
         half = -(-sum(batch.input_ids.numel() for batch in batches) // 2)
-        batches = merge_batches(batches, min(half, _TOKENS_AT_ONCE.get(device.type, 2048)))
+        at_once = min(half, _TOKENS_AT_ONCE.get(device.type, 2048))
+        at_once = min(at_once, _TUNED_AT_ONCE) if config.tuning_epochs else at_once
+        batches = merge_batches(batches, at_once)
         journal = None
         if work_dir is not None:
             job = describe_job(model, config, batches, dtype, disk.head if disk else None)
             journal = ranks.agree(lambda: Journal.open(work_dir, job))
         own = ranks.share(batches)
-        run = _Run(model, plan, Workplace(device, dtype, disk), ranks, journal, own)
+        run = _Run(model, config, plan, Workplace(device, dtype, disk), ranks, journal, own)
         run.say_what_is_needed(batches)
         try:
             report = run.all_blocks(show_progress if ranks.is_first else False)
@@ -103,6 +111,7 @@ class _Run:
     """One call of :func:`quantize_model`."""
 
     model: nn.Module
+    config: BaseQuantizeConfig
     plan: Plan
     workplace: Workplace
     ranks: Ranks
@@ -112,9 +121,8 @@ class _Run:
     # those after it.  Empty if nothing is corrected towards them.
     exact: Activations = field(default_factory=Activations.none)
     # Which linears read one tensor, by class of block and names of linears.
-    readings: dict[tuple[type[nn.Module], tuple[str, ...]], list[list[str]]] = field(
-        default_factory=dict
-    )
+    readings: dict[_Kind, list[list[str]]] = field(default_factory=dict)
+    writers: dict[_Kind, list[str]] = field(default_factory=dict)  # to the residual stream
 
     def all_blocks(self, show_progress: bool | None) -> list[ModuleReport]:
         """Quantize the blocks one after another, and the output head if that is asked for."""
@@ -127,7 +135,7 @@ class _Run:
         report: list[ModuleReport] = []
         try:
             captured = self._capture(hidden)
-            if self.plan.corrects():
+            if self.plan.looks_at_exact():
                 self.exact = hidden.first(_EXACT_TOKENS // self.ranks.count)
             with (
                 Progress(blocks, tokens, device, show_progress) as progress,
@@ -166,15 +174,48 @@ class _Run:
                     yield from report
                 else:
                     done, report = [], []
-                    for solved in self._solve(index, block, feed, threads):
+                    for solved in self._tuned(index, block, feed, threads):
                         done.append(solved)
                         report.append(_entry(name, index, solved))
                         yield report[-1]
                     layers = self._packed(block, name, done)
             except NumericsError as error:
                 raise NumericsError(f"{name}: {error}") from error
-            replace(block, layers.items())
+            surgery.replace(block, layers.items())
         self._keep(index, name, layers, report if stored is None else None, home)
+
+    def _tuned(
+        self, index: int, block: nn.Module, feed: Feed, threads: ThreadPoolExecutor
+    ) -> Iterator[Solved]:
+        """Find a block's integers, and replace the hidden states by its outputs."""
+        epochs = self.config.tuning_epochs
+        if not epochs:
+            yield from self._solve(index, block, feed, threads)
+            return
+        before = replace(feed, hidden=feed.hidden.copy())
+        done = list(self._solve(index, block, feed, threads))
+        options = self.plan.options(f"{self.plan.prefix}.{index}", index)
+        bits = {name: option.rule.bits for name, option in options.items()}
+        if self.ranks.is_first:
+            done = tune_block(block, done, bits, before, [*feed.exact], epochs)
+        for solved in done:
+            told = replace(solved, solution=self.ranks.tell(solved.solution))
+            weight = dense_weight(block.get_submodule(solved.name))
+            weight.copy_(told.solution.dequantize().to(weight.dtype))
+            yield told
+        for i, hidden in enumerate(before.hidden):
+            feed.hidden[i] = hidden
+        before.hidden.close()
+        propagate(block, feed)
+
+    def _exact(self, block: nn.Module, linears: Mapping[str, nn.Module], feed: Feed) -> Exact:
+        everyone = find_linears(block)
+        kind = (type(block), tuple(everyone))
+        if kind not in self.writers:
+            self.writers[kind] = self.ranks.agree(
+                lambda: find_writers(block, everyone, feed.exact[0], feed.calls[0])
+            )
+        return Exact(block, linears, self.writers[kind])
 
     def _solve(
         self, index: int, block: nn.Module, feed: Feed, threads: ThreadPoolExecutor
@@ -183,20 +224,18 @@ class _Run:
         steps = self.plan.steps[index]
         options = self.plan.options(f"{self.plan.prefix}.{index}", index)
         linears = {name: block.get_submodule(name) for step in steps for name in step}
-        originals = Originals(linears) if feed.exact else None
+        exact = self._exact(block, linears, feed) if len(feed.exact) else None
         if len(steps) > 1 and self.ranks.all(fits_one_pass(linears, feed)):
             groups = self._reading_groups(block, linears, feed)
             if sum(map(len, groups)) == len(linears):  # all were reached, and none twice
-                yield from solve_in_one_pass(
-                    block, linears, groups, feed, options, threads, originals
-                )
+                yield from solve_in_one_pass(block, linears, groups, feed, options, threads, exact)
                 return
         for step in steps:
             of_step = {name: linears[name] for name in step}
-            yield from solve_step(block, of_step, feed, options, originals)
+            yield from solve_step(block, of_step, feed, options, exact)
         propagate(block, feed)
-        if originals is not None:
-            with originals.in_place():
+        if exact is not None:
+            with exact.in_place():
                 propagate(block, feed.of_exact())
 
     def _reading_groups(
@@ -227,7 +266,7 @@ class _Run:
                 done = list(solve_step(head, {name: head}, feed, options))
                 layers = self._packed(self.model, "", done)
             report = [_entry("", index, solved) for solved in done]
-        replace(self.model, layers.items())
+        surgery.replace(self.model, layers.items())
         self._keep(index, "", layers, report if stored is None else None, home)
         return report
 

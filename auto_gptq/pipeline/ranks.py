@@ -20,11 +20,9 @@ from torch import Tensor
 from ..calibration.examples import Batch
 from ..errors import ConfigError
 from ..quantization.hessian import Hessian
-from ..quantization.solver import Solution
+from ..quantization.solver import Solution, part_rows
 
 T = TypeVar("T")
-# Rows are parted at multiples of this: what the solver's kernels take at a time.
-_ROWS_TOGETHER = 64
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,11 @@ class Ranks:
                 return cls()
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         return cls(dist.get_rank(), dist.get_world_size())
+
+    @property
+    def row_parts(self) -> int:
+        """Parts of a matrix's rows that this process solves apart: see :meth:`parts`."""
+        return 2 if self.count == 1 else 1
 
     @property
     def is_first(self) -> bool:
@@ -101,21 +104,22 @@ class Ranks:
 
     def solve(
         self,
-        solver: Callable[[Tensor], Solution],
-        weight: Tensor,  # [N, K], the same on every rank
+        solver: Callable[[slice], Solution],
+        rows: int,  # of the matrix, which is the same on every rank
     ) -> Solution:
         """Solve this rank's rows and gather the others': rows do not depend on each other."""
-        share = -(-len(weight) // self.count // _ROWS_TOGETHER) * _ROWS_TOGETHER
-        if self.count == 1 or share * (self.count - 1) >= len(weight):  # the last would have none
-            return solver(weight)
-        own = solver(weight[self.rank * share : (self.rank + 1) * share])
+        parts = part_rows(rows, self.count)
+        if self.count == 1 or len(parts) < self.count:
+            return solver(slice(rows))
+        own = solver(parts[self.rank])
+        share = parts[0].stop
 
         def gathered(part: Tensor) -> Tensor:
             padded = part.new_zeros((share, *part.shape[1:]))
             padded[: len(part)] = part
             parts = [torch.empty_like(padded) for _ in range(self.count)]
             dist.all_gather(parts, padded)
-            return torch.cat(parts)[: len(weight)]
+            return torch.cat(parts)[:rows]
 
         return replace(
             own,
@@ -123,7 +127,17 @@ class Ranks:
             scales=gathered(own.scales),
             zeros=gathered(own.zeros),
             loss=gathered(own.loss),
+            unrounded=None if own.unrounded is None else gathered(own.unrounded),
         )
+
+    def tell(self, solution: Solution) -> Solution:
+        """Give every rank what the first has found."""
+        if self.count == 1:
+            return solution
+        told = {name: getattr(solution, name).contiguous() for name in ("codes", "scales", "zeros")}
+        for tensor in told.values():
+            dist.broadcast(tensor, 0)
+        return replace(solution, **told, unrounded=None)
 
     def all(self, here: bool) -> bool:
         """Tell whether something holds on every rank."""

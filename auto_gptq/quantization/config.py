@@ -11,6 +11,7 @@ from typing import Any
 from .. import hub
 from ..errors import ConfigError, MissingFileError
 from .dynamic import check_patterns, find_override, known_settings_only
+from .presets import PRESETS
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ _FOREIGN_VERSIONS = {"gemv", "gemv_fast", "llm-awq", "exllama", "ipex", "marlin"
 # Keys that are understood without being settings.
 _READ_BESIDES = {"version", "zero_point", "format", CHECKPOINT_FORMAT_FIELD_COMPAT_MARLIN}
 # Settings that AutoGPTQ did not have.
-_OWN_FIELDS = ("scale_search", "signed_scales", "correction", "lm_head", "dynamic")
+_OWN_FIELDS = ("scale_search", "signed_scales", "correction", "tuning_epochs", "lm_head", "dynamic")
 # Where a configuration may lie in a model folder, in the order of trying.
 _CONFIG_FILES = (QUANT_CONFIG_FILENAME, "quant_config.json", "config.json")
 
@@ -81,6 +82,8 @@ class BaseQuantizeConfig:
     :param signed_scales: let that choice take negative scales; symmetric grids gain by it
     :param correction: share of the drift from the full-precision model that every linear makes up
         for, from 0 to 1
+    :param tuning_epochs: passes over the calibration tokens in which the codes and scales of each
+        block are tuned by gradients; 0 for GPTQ alone
     :param lm_head: quantize the output head too; one tied to the embedding is untied
     :param dynamic: settings of some modules, by pattern: see :mod:`.dynamic`
     :param is_marlin_format: 0.7.1's way to say ``checkpoint_format="marlin"``
@@ -102,6 +105,7 @@ class BaseQuantizeConfig:
     scale_search: bool = True
     signed_scales: bool = False
     correction: float = 0.0
+    tuning_epochs: int = 0
     lm_head: bool = False
     dynamic: dict[str, dict[str, Any]] | None = None
     is_marlin_format: InitVar[bool] = False
@@ -139,6 +143,8 @@ class BaseQuantizeConfig:
                 f"correction is {self.correction!r}; it must lie between 0 (none) and 1, "
                 "usually 0.5."
             )
+        if self.tuning_epochs < 0:
+            raise ConfigError(f"tuning_epochs is {self.tuning_epochs!r}; it must be 0 or more.")
         formats = QUANT_METHOD_FORMAT_MAPPING.get(self.quant_method)
         if formats is None:
             raise ConfigError(
@@ -150,6 +156,19 @@ class BaseQuantizeConfig:
                 f"checkpoint_format {self.checkpoint_format!r} does not go with quant_method "
                 f"{self.quant_method!r}; possible: {sorted(formats)}."
             )
+
+    @classmethod
+    def preset(
+        cls, name: str = "default", bits: int = 4, group_size: int = 128, **changes: Any
+    ) -> BaseQuantizeConfig:
+        """Give the settings that go by a name: "compatible", "default" or "best".
+
+        :param changes: settings that differ from the preset's
+        :raises ConfigError: (a ValueError) if there is no such preset
+        """
+        if name not in PRESETS:
+            raise ConfigError(f"There is no preset {name!r}; there are {', '.join(PRESETS)}.")
+        return cls(bits, group_size, **PRESETS[name].settings | changes)
 
     @property
     def contiguous(self) -> bool:

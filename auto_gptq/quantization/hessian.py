@@ -41,7 +41,8 @@ class Hessian:
         self.total = torch.zeros(size, size, dtype=torch.float32, device=device)
         self.tokens = 0
         self._is_lower = False  # only the lower triangle of `total` counts
-        self._drift: Tensor | None = None
+        self._drift: Tensor | None = None  # [size, size] sum of (exact x - x) xᵀ
+        self._gap: Tensor | None = None  # [outputs, size] sum of gap xᵀ
         self._drift_tokens = 0
 
     def add(
@@ -49,27 +50,22 @@ class Hessian:
         x: Tensor,  # [..., size] inputs of the layer
         keep: Tensor | None = None,  # [...] bool, False where x is padding
         exact: Tensor | None = None,  # [..., size] what x is in the full-precision model
+        gap: Tensor | None = None,  # [..., outputs] what the outputs should make up for besides
     ) -> None:
         """Add the outer products of all kept tokens, summed in fp32."""
         rows = _rows(x, keep)
         self.tokens += rows.shape[0]
         if exact is not None:
-            self._add_drift(_rows(exact, keep), rows)
+            # Numbers that near each other are subtracted without rounding.
+            self._drift = _plus(self._drift, _rows(exact, keep) - rows, rows)
+            self._drift_tokens += rows.shape[0]
+            if gap is not None:
+                self._gap = _plus(self._gap, _rows(gap, keep), rows)
         if rows.is_cuda and rows.dtype.itemsize == _HALF:
             self._add_on_tensor_cores(rows)
         else:
             rows = rows.to(torch.float32)
             self.total.addmm_(rows.t(), rows)
-
-    def _add_drift(self, exact: Tensor, rows: Tensor) -> None:
-        # Numbers that near each other are subtracted without rounding.
-        away = exact - rows
-        if rows.is_cuda and rows.dtype.itemsize == _HALF:
-            product = torch.mm(away.t(), rows, out_dtype=torch.float32)
-        else:
-            product = away.to(torch.float32).t() @ rows.to(torch.float32)
-        self._drift = product if self._drift is None else self._drift.add_(product)
-        self._drift_tokens += rows.shape[0]
 
     def _add_on_tensor_cores(self, rows: Tensor) -> None:
         """Multiply 16-bit numbers as they are: their products are exact in fp32.
@@ -98,10 +94,8 @@ class Hessian:
         self.tokens += other.tokens
         self._is_lower |= other._is_lower
         self._drift_tokens += other._drift_tokens
-        if self._drift is None:
-            self._drift = other._drift
-        elif other._drift is not None:
-            self._drift += other._drift
+        self._drift = _sum(self._drift, other._drift)
+        self._gap = _sum(self._gap, other._gap)
 
     def sum_over(self, add_others: Callable[[Tensor], Any], with_drift: bool) -> None:
         """Add the sums of other processes.
@@ -109,16 +103,43 @@ class Hessian:
         :param add_others: adds to a tensor, in place, that of all other processes
         """
         add_others(self.total)
-        tokens = torch.tensor([self.tokens, self._drift_tokens], device=self.total.device)
-        add_others(tokens)
-        self.tokens, self._drift_tokens = (int(count) for count in tokens)
-        if with_drift:
+        outputs = 0 if self._gap is None else len(self._gap)
+        numbers = [self.tokens, self._drift_tokens, outputs, outputs > 0]
+        counts = torch.tensor(numbers, device=self.total.device)
+        add_others(counts)
+        self.tokens, self._drift_tokens, outputs, having = (int(count) for count in counts)
+        if with_drift and self._drift_tokens:
             self._drift = torch.zeros_like(self.total) if self._drift is None else self._drift
             add_others(self._drift)
+            if having:  # any of them
+                if self._gap is None:
+                    self._gap = self.total.new_zeros(outputs // having, len(self.total))
+                add_others(self._gap)
 
-    def drift(self) -> Tensor | None:
-        """Give ``[size, size]`` fp32, the mean of ``(exact - x) xᵀ``; None without any exact x."""
-        return None if self._drift is None else self._drift / max(self._drift_tokens, 1)
+    def pull(self, weight: Tensor) -> Tensor | None:
+        """Give ``[outputs, size]`` fp32, the mean of ``(wanted - W x) xᵀ``; None without exact x.
+
+        Wanted is what the full-precision model puts out, ``W (exact x)``, plus the gap.
+        """
+        if self._drift is None:
+            return None
+        pull = weight @ self._drift
+        if self._gap is not None and self._gap.shape == pull.shape:
+            pull += self._gap
+        return pull / max(self._drift_tokens, 1)
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return one if other is None else other if one is None else one.add_(other)
+
+
+def _plus(total: Tensor | None, left: Tensor, rows: Tensor) -> Tensor:
+    """Add ``leftᵀ rows``, summed in fp32."""
+    if rows.is_cuda and rows.dtype.itemsize == _HALF:
+        product = torch.mm(left.t(), rows, out_dtype=torch.float32)
+    else:
+        product = left.to(torch.float32).t() @ rows.to(torch.float32)
+    return product if total is None else total.add_(product)
 
 
 def _rows(x: Tensor, keep: Tensor | None) -> Tensor:

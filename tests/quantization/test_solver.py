@@ -114,7 +114,7 @@ def test_a_corrected_weight_gives_the_outputs_of_the_full_precision_model(act_or
 
     def missed(correction: float) -> float:
         changed = dataclasses.replace(options, correction=correction)
-        found = solve(weight, hessian.mean(), changed, hessian.drift()).dequantize()
+        found = solve(weight, hessian.mean(), changed, hessian.pull(weight)).dequantize()
         return float((x @ found.t() - wanted).norm() / wanted.norm())
 
     best = torch.linalg.lstsq(x, wanted).solution  # nothing linear can do better than that
