@@ -6,12 +6,15 @@ Compared, where it is installed, with llm-compressor's solver in the same run.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import peers
 import torch
@@ -69,6 +72,25 @@ def against_fp64(size: int, device: str) -> float:
     return float(squared_error(weight, found.dequantize(), hessian) / theirs)
 
 
+@contextmanager
+def with_triton() -> Iterator[bool]:
+    """Let Triton's kernels take the place of the compiled ones, where there are any."""
+    if importlib.util.find_spec("triton") is None or not torch.cuda.is_available():
+        yield False
+        return
+    from auto_gptq.kernels import triton_solver
+
+    names = ("solve_columns", "fit_grids")
+    patches = [mock.patch.object(torch.ops.auto_gptq, n, getattr(triton_solver, n)) for n in names]
+    for patch in patches:
+        patch.start()
+    try:
+        yield True
+    finally:
+        for patch in patches:
+            patch.stop()
+
+
 def peer_row(
     weight: torch.Tensor, hessian: torch.Tensor, act_order: bool, like: dict[str, Any]
 ) -> dict[str, Any]:
@@ -113,6 +135,12 @@ def main() -> None:
                 }
             )
             print(rows[-1], flush=True)
+        with with_triton() as there:
+            if there:
+                settings = VARIANTS["act-order, static groups"]
+                ms = milliseconds(lambda w=weight, h=hessian, s=settings: solve(w, h, s))
+                rows.append(rows[-2] | {"variant": "act-order, static groups, Triton", "ms": ms})
+                print(rows[-1], flush=True)
         if with_peer:
             for act_order in (False, True):
                 rows.append(peer_row(weight, hessian, act_order, rows[-1]))
