@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -20,13 +19,14 @@ from ..checkpoint.blocks import DiskWeights
 from ..errors import ConfigError, NumericsError, QuantizedStateError
 from ..nn_modules import surgery
 from ..nn_modules.qlinear.linear import QuantLinear, dense_weight
-from ..nn_modules.surgery import features, find_linears, quantized_from, untie
+from ..nn_modules.surgery import find_linears, quantized_from, untie
 from ..quantization.config import BaseQuantizeConfig
 from ..quantization.solver import SolverOptions
 from .block import Feed, Solved, propagate, solve_step
 from .exact import Exact, find_writers
 from .journal import Finished, Journal, describe_job, restore
 from .one_pass import fits_one_pass, reading_groups, solve_in_one_pass
+from .outlook import say_what_is_needed, warn_of_few_tokens
 from .placement import Workplace, execution_device, execution_dtype
 from .plan import Plan, make_plan, solver_options
 from .progress import Progress
@@ -80,6 +80,7 @@ def quantize_model(
         )
     ranks = Ranks.current()
     plan = make_plan(model, architecture, config)
+    warn_of_few_tokens(plan, batches)
     with ranks.device(execution_device(model)) as device:
         dtype = execution_dtype(next(plan.blocks.parameters()).dtype, device)
         # Two batches at least: see Ranks.parts.
@@ -93,7 +94,8 @@ def quantize_model(
             journal = ranks.agree(lambda: Journal.open(work_dir, job))
         own = ranks.share(batches)
         run = _Run(model, config, plan, Workplace(device, dtype, disk), ranks, journal, own)
-        run.say_what_is_needed(batches)
+        if ranks.is_first:
+            say_what_is_needed(model, plan, batches, device, dtype)
         try:
             report = run.all_blocks(show_progress if ranks.is_first else False)
         except KeyboardInterrupt:
@@ -321,41 +323,6 @@ class _Run:
                 disk.move(layer, name, journal.file(index))
             else:
                 layer.to(home)
-
-    def say_what_is_needed(self, batches: Sequence[Batch]) -> None:
-        """Log the work and the room it takes, before anything is done."""
-        if not self.ranks.is_first:
-            return
-        plan = self.plan
-        weights, packed, largest = 0, 0, 0.0
-        for name, settings in plan.settings.items():
-            inputs, outputs = features(self.model.get_submodule(name))
-            weights += inputs * outputs
-            packed += inputs * outputs * settings.bits // 8
-        for block in plan.blocks:
-            size = sum(p.numel() for p in block.parameters()) * self.workplace.dtype.itemsize
-            largest = max(largest, size)
-        logger.info(
-            "Quantizing %d linears with %.3g billion weights in %d blocks on %s, with %d tokens%s. "
-            "A block at work takes %.2f GB, all packed weights %.2f GB.",
-            len(plan.settings),
-            weights / 1e9,
-            len(plan.blocks),
-            self.workplace.device,
-            sum(batch.tokens for batch in batches),
-            f" on {self.ranks.count} ranks" if self.ranks.count > 1 else "",
-            largest / 1e9,
-            packed / 1e9,
-        )
-        if self.journal is not None:
-            free = shutil.disk_usage(self.journal.folder).free
-            if free < packed:
-                logger.warning(
-                    "%s has %.2f GB free, and the packed weights will take %.2f GB.",
-                    self.journal.folder,
-                    free / 1e9,
-                    packed / 1e9,
-                )
 
     def what_is_kept(self) -> str:
         """Say after an interruption what is not lost."""

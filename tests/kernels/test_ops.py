@@ -21,7 +21,7 @@ OPS = torch.ops.auto_gptq
 def _packed(bits: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     packed = pack_layer(
         torch.randint(0, 1 << bits, (N, K)),
-        torch.rand(N, K // GROUP) * 0.01,
+        torch.randn(N, K // GROUP) * 0.01,
         torch.randint(0, 1 << bits, (N, K // GROUP)),
         trivial_g_idx(K, GROUP),
         bits=bits,
