@@ -11,6 +11,7 @@ from ..calibration.examples import make_batches
 from ..errors import ConfigError
 from ..modeling.limits import longest_sequence, padding_token
 from ..modeling.save import saved_config
+from ..nn_modules.surgery import prepare
 from ..pipeline.quantize import quantize_model
 from ..quantization.config import BaseQuantizeConfig
 
@@ -44,6 +45,7 @@ def quantize_loaded(model: Any, config: Any) -> dict[str, Any]:
         max_length=_longest(model, config),
     )
     quantize_model(model, _architecture(model, config), settings, batches)
+    prepare(model)
     return saved_config(settings, model).to_dict()
 
 
