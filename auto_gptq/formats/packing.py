@@ -71,7 +71,8 @@ def _pack_bytes(
         packed |= streams[:, :, i] << (bits * i)
     # A clone, not contiguous(): that keeps the strides of dimensions of size 1, which view refuses.
     bytes_last = packed.movedim(1, -1).clone(memory_format=torch.contiguous_format)
-    return bytes_last.view(torch.int32).squeeze(-1)
+    words: Tensor = bytes_last.view(torch.int32).squeeze(-1)
+    return words
 
 
 def unpack(
