@@ -220,6 +220,7 @@ def main() -> None:
     arguments.add_argument("--intermediate", type=int, default=11008)
     arguments.add_argument("--blocks", type=int, default=BLOCKS_OF_7B)
     arguments.add_argument("--results", type=Path)
+    arguments.add_argument("--variants", nargs="*", choices=VARIANTS)
     arguments.add_argument("--ranks-only", action="store_true")
     arguments.add_argument("--codes", type=Path, default=Path("codes-of-one.pt"))
     options = arguments.parse_args()
@@ -231,7 +232,8 @@ def main() -> None:
         measure_ranks(tokens, options)
         return
     rows: list[dict[str, Any]] = []
-    for name, settings in VARIANTS.items():
+    for name in options.variants or VARIANTS:
+        settings = VARIANTS[name]
         rows.append({"variant": name} | measure(settings, tokens, options, device))
         print(rows[-1], flush=True)
     of_block = phases(tokens, options, device)
