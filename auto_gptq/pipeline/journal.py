@@ -116,8 +116,8 @@ class Journal:
                 f"{journal.folder} holds a run that differs in {differences}. Call quantize() as "
                 "before to go on with it, or name another work_dir."
             )
-        for unfinished in journal.folder.glob(".*-*"):  # left by a process that was killed
-            if unfinished.is_dir():
+        for kind in (".partial-*", ".activations-*"):  # left by a process that was killed
+            for unfinished in journal.folder.glob(kind):
                 shutil.rmtree(unfinished)
         return journal
 
