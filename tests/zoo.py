@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from tests.tiny import tiny_examples
 
 VOCABULARY = 256
 # What a setting becomes, by its name; the first pattern that matches whole decides.
@@ -54,7 +58,12 @@ def tiny_config(model_type: str, **extra: Any) -> Any:
     from transformers import AutoConfig
 
     overrides = _shrunk(AutoConfig.for_model(model_type).to_dict())
-    return AutoConfig.for_model(model_type, **overrides | _BY_TYPE.get(model_type, {}) | extra)
+    for name, value in _BY_TYPE.get(model_type, {}).items():
+        if isinstance(value, dict) and isinstance(overrides.get(name), dict):
+            overrides[name] |= value
+        else:
+            overrides[name] = value
+    return AutoConfig.for_model(model_type, **overrides | extra)
 
 
 def tiny_of(model_type: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -92,11 +101,90 @@ def _shrunk(settings: dict[str, Any]) -> dict[str, Any]:
             changed[name] = VOCABULARY - 1
         elif isinstance(value, list) and layers and len(value) == layers and name != "layer_types":
             changed[name] = value[:2]
-    for name, value in settings.items():
-        if name.endswith("token_id") and isinstance(value, int) and value >= VOCABULARY:
-            changed[name] = VOCABULARY - 1
+    kinds = list(dict.fromkeys(settings.get("layer_types") or ()))
+    if len(kinds) > 1 and "num_hidden_layers" in changed:  # one block of each kind
+        changed |= {"layer_types": kinds, "num_hidden_layers": len(kinds)}
     return changed
 
 
 # What the rules above cannot know.
-_BY_TYPE: dict[str, dict[str, Any]] = {}
+_MLA = {"num_key_value_heads": 4}
+_BY_TYPE: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(
+        (
+            "axk1",
+            "axk2",
+            "deepseek_v2",
+            "deepseek_v3",
+            "deepseek_v32",
+            "dots3_note_text",
+            "glm4_moe_lite",
+            "glm_moe_dsa",
+            "minicpm3",
+            "youtu",
+        ),
+        _MLA,
+    ),
+    "dots3_note": {"text_config": _MLA},
+    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 4},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "dots1": {"head_dim": 16, "moe_intermediate_size": 96},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "ministral": {"head_dim": 16},
+    "nemotron": {"head_dim": 16},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma4_unified_assistant": {"num_kv_shared_layers": 0},
+    "longcat_flash": {"head_dim": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16},
+    "reformer": {"is_decoder": True},
+    "xmod": {"default_language": "en_XX"},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+}
+
+
+@dataclass(frozen=True)
+class Trip:
+    """What came of quantizing, saving and loading a tiny model of one type."""
+
+    quantized: int  # linears packed
+    dense: tuple[str, ...]  # names of linears of the blocks that stayed dense
+    blocks: str
+    experts: int  # linears of parted experts among the packed
+    difference: float  # largest, of logits, between the loaded model and its dequantized twin
+    largest: float  # logit
+
+
+@torch.no_grad()
+def round_trip(model_type: str, folder: Path, *, by_transformers: bool = False) -> Trip:
+    """Quantize a tiny model, save it, load it, and compare it with its dequantized twin."""
+    from auto_gptq import AutoGPTQForCausalLM, BaseQuantizeConfig
+    from auto_gptq.modeling import BaseGPTQForCausalLM
+    from auto_gptq.nn_modules.experts import expert_groups
+    from auto_gptq.nn_modules.qlinear import QuantLinear
+    from auto_gptq.nn_modules.surgery import dequantize, find_linears
+    from auto_gptq.pipeline.discover import find_blocks
+
+    torch.manual_seed(0)
+    settings = BaseQuantizeConfig(bits=4, group_size=32, desc_act=False)
+    wrapper = BaseGPTQForCausalLM(tiny_of(model_type), False, settings)
+    blocks = find_blocks(wrapper.model)[0]
+    wrapper.quantize(tiny_examples(4, 24), batch_size=2, show_progress=False)
+    wrapper.save_quantized(folder)
+    if by_transformers:
+        from transformers import AutoModelForCausalLM
+
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    else:
+        loaded = AutoGPTQForCausalLM.from_quantized(folder, device="cpu").model
+    packed = [n for n, m in loaded.named_modules() if isinstance(m, QuantLinear)]
+    made = [n for n, m in wrapper.model.named_modules() if isinstance(m, QuantLinear)]
+    assert sorted(packed) == sorted(made)
+    in_experts = {n for group in expert_groups(loaded).values() for n in group}
+    dense = tuple(n for n in find_linears(loaded) if n.startswith(f"{blocks}."))
+    ids = torch.arange(3, 3 + 24)[None]
+    found = loaded(input_ids=ids, use_cache=False).logits
+    dequantize(wrapper.model, torch.float32)
+    wanted = wrapper.model(input_ids=ids, use_cache=False).logits
+    difference = float((found - wanted).abs().max())
+    largest = float(wanted.abs().max())
+    return Trip(len(packed), dense, blocks, len(in_experts & set(packed)), difference, largest)

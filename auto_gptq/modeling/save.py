@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..checkpoint.layouts import WRITABLE, encode
+from ..checkpoint.names import dense_on_disk, on_disk
 from ..checkpoint.safetensors_file import Outgoing
 from ..checkpoint.writer import Files, file_pattern, staged, write_weights
 from ..errors import ConfigError
@@ -118,20 +119,25 @@ def _quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
 
 
 def _tensors(model: nn.Module, checkpoint_format: str) -> dict[str, Outgoing]:
-    """Give all tensors of a model by name, in its order, tied parameters once."""
+    """Give all tensors of a model by their names on disk, tied parameters and modules once."""
     layers = _quant_linears(model)
+    names = on_disk(model, layers)
+    every = dict(model.named_modules(remove_duplicate=False))
     tensors: dict[str, Outgoing] = {}
+    dense: dict[str, Tensor] = {}
     written: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         owner = name.rpartition(".")[0]
         if owner in layers:
             if f"{owner}.qweight" == name:  # one buffer stands for all of them
                 encoded = encode(owner, layers[owner], checkpoint_format)
-                tensors |= {f"{owner}.{leaf}": value for leaf, value in encoded.items()}
+                tensors |= {f"{names[owner]}.{leaf}": value for leaf, value in encoded.items()}
+        elif isinstance(every[owner], QuantLinear):
+            continue  # it has another name as well
         elif id(tensor) not in written or not isinstance(tensor, nn.Parameter):
-            tensors[name] = Outgoing.of(tensor)
+            dense[name] = tensor.detach()
         written.add(id(tensor))
-    return tensors
+    return tensors | {n: Outgoing.of(t) for n, t in dense_on_disk(model, dense).items()}
 
 
 def _model_config(model: PreTrainedModel, settings: BaseQuantizeConfig) -> str:

@@ -23,7 +23,7 @@ from ..errors import UnsupportedModelError
 from ..nn_modules.surgery import features
 from ..quantization.hessian import Hessian
 from ..quantization.solver import SolverOptions
-from .block import Feed, Solved, check_finite, kept_tokens, run_block, solve_together
+from .block import Feed, Solved, check_finite, is_same, kept_tokens, run_block, solve_together
 
 # Activations alive in a stopped pass, in units of the widest input and twice the hidden size:
 # the residual, the linear's input, and what the model keeps beside them.
@@ -40,7 +40,7 @@ def reading_groups(
         def hook(_linear: nn.Module, args: Sequence[Tensor]) -> None:
             x = args[0]
             for other, names in read:
-                if other.data_ptr() == x.data_ptr() and other.shape == x.shape:
+                if is_same(other, x):
                     names.append(name)
                     return
             read.append((x, [name]))

@@ -15,6 +15,7 @@ from ..calibration.capture import BlockCall, Captured, capture, capture_head
 from ..calibration.examples import Batch, merge_batches
 from ..errors import NumericsError
 from ..nn_modules.surgery import quantized_from, replace, untie
+from ..nn_modules.unfused import calibrating
 from ..quantization.config import BaseQuantizeConfig
 from ..quantization.solver import SolverOptions
 from .block import Feed, Solved, propagate, solve_step
@@ -55,13 +56,18 @@ def quantize_model(
     captured = _capture(model, plan, batches, device, dtype)
     report: list[ModuleReport] = []
     with (
+        calibrating(model, config.expert_share, len(batches)),
         Progress(len(plan.settings), show_progress) as progress,
         ThreadPoolExecutor(len(batches), thread_name_prefix="auto_gptq-pass") as threads,
     ):
         run = _Run(threads, {})
+        before: list[BlockCall] = []
         for i, block in enumerate(plan.blocks):
             name = f"{plan.prefix}.{i}"
             feed = _feed(captured, i, device, dtype)
+            for call, earlier in zip(feed.calls, before, strict=bool(before)):
+                call.carry_on(earlier)
+            before = feed.calls
             stored = journal.read(i, device) if journal else None
             done: list[Solved] = []
             with placed(block, device, dtype):

@@ -78,6 +78,8 @@ class BaseQuantizeConfig:
     :param scale_search: choose the scales by the error they cause; False for AutoGPTQ's min-max
     :param lm_head: quantize the output head too; one tied to the embedding is untied
     :param dynamic: settings of some modules, by pattern: see :mod:`.dynamic`
+    :param expert_share: an expert sees at least this share of the tokens that even routing would
+        give it; 0 for only those routed to it, a large number for all
     :param is_marlin_format: 0.7.1's way to say ``checkpoint_format="marlin"``
     :param awq_gemm_checkpoint: 0.7.1's way to say AWQ's format "gemm"
     :raises ConfigError: (a ValueError) if a value cannot work
@@ -97,6 +99,7 @@ class BaseQuantizeConfig:
     scale_search: bool = True
     lm_head: bool = False
     dynamic: dict[str, dict[str, Any]] | None = None
+    expert_share: float = 0.25
     is_marlin_format: InitVar[bool] = False
     awq_gemm_checkpoint: InitVar[bool] = False
 
@@ -126,6 +129,10 @@ class BaseQuantizeConfig:
         if not 0 < self.damp_percent < 1:
             raise ConfigError(
                 f"damp_percent is {self.damp_percent!r}; it must lie between 0 and 1, usually 0.01."
+            )
+        if not self.expert_share >= 0:
+            raise ConfigError(
+                f"expert_share is {self.expert_share!r}; it must be 0 or more, usually 0.25."
             )
         formats = QUANT_METHOD_FORMAT_MAPPING.get(self.quant_method)
         if formats is None:
@@ -157,7 +164,7 @@ class BaseQuantizeConfig:
         Settings that AutoGPTQ did not have are left out while they have their defaults.
         """
         fields = asdict(self)
-        for name in ("scale_search", "lm_head", "dynamic"):
+        for name in ("scale_search", "lm_head", "dynamic", "expert_share"):
             if fields[name] == type(self).__dataclass_fields__[name].default:
                 del fields[name]
         at_the_end = (QUANT_METHOD_FIELD, CHECKPOINT_FORMAT_FIELD)
