@@ -109,15 +109,17 @@ def _shrunk(settings: dict[str, Any]) -> dict[str, Any]:
 
 # What the rules above cannot know.
 _MLA = {"num_key_value_heads": 4}
+_QWEN4 = {"indexer_budget": 32, "indexer_compress_ratio": 8, "indexer_n_heads": 2} | {
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+}
 _BY_TYPE: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         (
             "axk1",
             "axk2",
-            "deepseek_v2",
             "deepseek_v3",
             "deepseek_v32",
-            "dots3_note_text",
             "glm4_moe_lite",
             "glm_moe_dsa",
             "minicpm3",
@@ -125,18 +127,36 @@ _BY_TYPE: dict[str, dict[str, Any]] = {
         ),
         _MLA,
     ),
-    "dots3_note": {"text_config": _MLA},
+    "bailing_hybrid": _MLA,
+    "kimi_linear": _MLA,
+    "deepseek_v2": _MLA | {"n_routed_experts": 4, "num_experts_per_tok": 2},
+    "nemotron_h": {"n_groups": 2, "mamba_num_heads": 4, "mamba_head_dim": 32},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": None,
+        },
+    },
+    "qwen4_exp_text": _QWEN4,
+    "qwen4_exp": {"text_config": _QWEN4},
+    "dbrx": {
+        "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8},
+        "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "rwkv": {"rescale_every": 0},  # otherwise it divides its weights, which packed ones refuse
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 4},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "dots1": {"head_dim": 16, "moe_intermediate_size": 96},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "ministral": {"head_dim": 16},
-    "nemotron": {"head_dim": 16},
+    "nemotron": {"num_key_value_heads": 2},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gemma4_unified_assistant": {"num_kv_shared_layers": 0},
-    "longcat_flash": {"head_dim": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16},
-    "reformer": {"is_decoder": True},
+    "longcat_flash": _MLA | {"qk_head_dim": 32},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "xmod": {"default_language": "en_XX"},
     "mamba2": {"num_heads": 8, "head_dim": 16},
 }

@@ -58,13 +58,20 @@ def fill(
     for name, layout in layouts.items():
         slots |= _packed_slots(name, model.get_submodule(name), layout, name in contiguous)
     _check(model, slots, headers)
+    tied = _tied_names(model)
+
+    def take(name: str, tensor: Tensor) -> None:
+        # One name of a tied parameter may be all there is, and not that which others are tied to.
+        for each in {name} | (tied.get(name, set()) - headers.keys()):
+            slots[each].take(tensor)
+
     values = values or {}
     for name in values.keys() & slots.keys():
-        slots[name].take(values[name])
+        take(name, values[name])
     wanted = {(stored or {}).get(name, name): name for name in headers if name not in values}
     wanted = {there: name for there, name in wanted.items() if name in slots}
     for there, tensor in read_tensors(weights, wanted):
-        slots[wanted[there]].take(tensor)
+        take(wanted[there], tensor)
     for name in layouts:
         layer = model.get_submodule(name)
         assert isinstance(layer, QuantLinear)

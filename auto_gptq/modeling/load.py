@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,13 +58,25 @@ def load_config(source: str | Path, trust_remote_code: bool, **kwargs: Any) -> P
 
 def auto_class(config: PretrainedConfig) -> Any:
     """Give transformers' class that builds a model of text: one that sees or hears, if need be."""
-    kinds = _auto_classes()
-    return next((kind for kind in kinds if _builds(kind, config)), kinds[0])
+    return next(_classes(config), None) or _auto_classes()[0]
 
 
 def can_be_built(config: PretrainedConfig) -> bool:
     """Tell whether transformers, or the model's own code, has a model of text for it."""
-    return any(_builds(kind, config) for kind in _auto_classes())
+    return next(_classes(config), None) is not None
+
+
+def _classes(config: PretrainedConfig) -> Iterator[Any]:
+    import transformers
+
+    own_code = getattr(config, "auto_map", None) or {}
+    for kind in _auto_classes():
+        if kind.__name__ in own_code or type(config) in kind._model_mapping:
+            yield kind
+    for name in getattr(config, "architectures", None) or ():
+        # The text model of one that also sees has no place in transformers' lists.
+        if name.endswith("ForCausalLM") and hasattr(transformers, name):
+            yield getattr(transformers, name)
 
 
 def _auto_classes() -> list[Any]:
@@ -72,11 +84,6 @@ def _auto_classes() -> list[Any]:
 
     names = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
     return [getattr(transformers, name) for name in names if hasattr(transformers, name)]
-
-
-def _builds(kind: Any, config: PretrainedConfig) -> bool:
-    own_code = getattr(config, "auto_map", None) or {}
-    return kind.__name__ in own_code or type(config) in kind._model_mapping
 
 
 def find_quantized_weights(
@@ -152,9 +159,13 @@ def _skeleton(
 
     config.__dict__.pop("quantization_config", None)  # transformers would want its own backend
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = auto_class(config).from_config(
-            config, dtype=torch_dtype, trust_remote_code=trust_remote_code
-        )
+        kind = auto_class(config)
+        if hasattr(kind, "from_config"):
+            model: PreTrainedModel = kind.from_config(
+                config, dtype=torch_dtype, trust_remote_code=trust_remote_code
+            )
+        else:
+            model = kind._from_config(config, dtype=torch_dtype)
     model.tie_weights()
     return model
 

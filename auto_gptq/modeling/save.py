@@ -143,6 +143,7 @@ def _tensors(model: nn.Module, checkpoint_format: str) -> dict[str, Outgoing]:
 def _model_config(model: PreTrainedModel, settings: BaseQuantizeConfig) -> str:
     config = copy.deepcopy(model.config)
     config.quantization_config = settings.to_dict()
+    config.architectures = [type(model).__name__]  # as transformers' own save_pretrained does
     written = with_legacy_keys(json.loads(config.to_json_string(use_diff=False)))
     written.pop("_name_or_path", None)  # a path of this machine, if anything
     return json.dumps(written, indent=2, sort_keys=True) + "\n"

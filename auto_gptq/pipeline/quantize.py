@@ -25,6 +25,7 @@ from .placement import execution_device, execution_dtype, placed
 from .plan import Plan, make_plan, solver_options
 from .progress import Progress
 from .report import ModuleReport
+from .routing import with_routed_tokens
 
 # Tokens that run through a block at a time: enough to keep the device busy.
 _TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 32768}
@@ -79,6 +80,9 @@ def quantize_model(
                         progress.module_done(report[-1])
                 except NumericsError as error:
                     raise NumericsError(f"{name}: {error}") from error
+            report[len(report) - len(done) :] = with_routed_tokens(
+                report[len(report) - len(done) :], name, block, config.expert_share
+            )
             if journal and stored is None:
                 journal.write(i, done)
             _pack(block, name, done, plan)

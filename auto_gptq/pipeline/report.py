@@ -17,6 +17,7 @@ class ModuleReport:
     damp_percent: float  # the damping that was used; 0 if rounded without a Hessian
     tokens: int  # calibration tokens seen
     seconds: float  # spent in the solver
+    routed: int | None = None  # tokens that the router sent to this expert; None if it is none
 
 
 def plot_errors(report: Sequence[ModuleReport], path: str | Path) -> None:
