@@ -66,11 +66,11 @@ def tiny_config(model_type: str, **extra: Any) -> Any:
     return AutoConfig.for_model(model_type, **overrides | extra)
 
 
-def tiny_of(model_type: str, dtype: torch.dtype = torch.float32) -> Any:
+def tiny_of(model_type: str, dtype: torch.dtype = torch.float32, **extra: Any) -> Any:
     """Build a random model of any type that can be a causal language model."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_config(tiny_config(model_type), dtype=dtype).eval()
+    return AutoModelForCausalLM.from_config(tiny_config(model_type, **extra), dtype=dtype).eval()
 
 
 def _shrunk(settings: dict[str, Any]) -> dict[str, Any]:
