@@ -81,6 +81,20 @@ def capture(model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Bat
     return result
 
 
+def trace(model: nn.Module, blocks: Sequence[nn.Module], tokens: int) -> Captured:
+    """Do the same with one row of tokens, without looking at values: meta tensors will do."""
+    first = next(model.parameters())
+    ids = torch.arange(tokens, device=first.device)[None]
+    result = Captured([], [[] for _ in blocks], [None])
+    inputs = model_inputs(model, Batch(ids, torch.ones_like(ids)), first.device)
+    if first.is_meta and "attention_mask" in inputs:
+        # Of another one transformers would look at the values.
+        inputs["attention_mask"] = first.new_zeros(1, 1, tokens, tokens)
+    with _recording(blocks, result), suppress(_Reached):
+        model(**inputs)
+    return result
+
+
 def capture_head(
     model: nn.Module,
     blocks: Sequence[nn.Module],

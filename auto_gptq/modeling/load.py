@@ -126,7 +126,7 @@ def load_packed(
         a wrong dtype or damaged
     """
     there = read_headers(weights)
-    model = _skeleton(model_config, torch_dtype, trust_remote_code)
+    model = skeleton(model_config, torch_dtype, trust_remote_code)
     names, values = _names(model, there, weights)
     headers = {names.get(name, name): header for name, header in there.items()}
     headers |= {n: Header(list(v.shape), v.dtype, weights.files[0]) for n, v in values.items()}
@@ -151,8 +151,10 @@ def load_packed(
     return model
 
 
-def _skeleton(
-    config: PretrainedConfig, torch_dtype: torch.dtype, trust_remote_code: bool
+def skeleton(
+    config: PretrainedConfig,
+    torch_dtype: torch.dtype = torch.float16,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Build the model with parameters on the meta device and buffers for real."""
     from accelerate import init_empty_weights

@@ -96,6 +96,8 @@ class UnfusedExperts(nn.Module):
         :param sizes: rows of each expert, [E] int64
         """
         calibration = self._auto_gptq_layout.calibration
+        if sizes.is_meta:  # only traced
+            sizes = torch.full(sizes.shape, len(index) // len(sizes), device="cpu")
         if calibration is not None:
             calibration.routed.append(sizes.cpu())
             return self._run_with_more(tokens, index, sizes.tolist(), calibration.share)

@@ -16,8 +16,7 @@ from torch import nn
 
 from ..architectures import Architecture, find, matching
 from ..architectures.find import model_types
-from ..calibration.capture import BlockCall, capture
-from ..calibration.examples import Batch
+from ..calibration.capture import BlockCall, trace
 from ..errors import AutoGPTQError, UnsupportedModelError
 from ..nn_modules.surgery import is_linear, output_head
 from ..nn_modules.unfused import calibrating
@@ -120,11 +119,15 @@ def _kinds(model: nn.Module, blocks: Sequence[nn.Module]) -> list[list[tuple[str
         kinds.setdefault((type(block), tuple(_linears(block))), i)
     captured = None
     try:
-        vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or _TOKENS
-        ids = torch.arange(_TOKENS)[None] % vocabulary
-        captured = capture(model, blocks, [Batch(ids, torch.ones_like(ids))])
+        captured = trace(model, blocks, _TOKENS)
     except _CANNOT_RUN as error:
-        logger.info("The entry of %s cannot be run: %s", type(model).__name__, error)
+        logger.warning(
+            "%s cannot be run on %d tokens (%s); the order of its linears is that in which they "
+            "are defined.",
+            type(model).__name__,
+            _TOKENS,
+            error,
+        )
     result = []
     for i in kinds.values():
         linears = {n: m for n, m in _linears(blocks[i]).items() if not _ROUTERS.search(n)}
@@ -135,12 +138,17 @@ def _kinds(model: nn.Module, blocks: Sequence[nn.Module]) -> list[list[tuple[str
                     call: BlockCall = captured.calls[i][0]
                     groups = reading_groups(blocks[i], linears, captured.hidden[0], call)
             except _CANNOT_RUN as error:
-                logger.info("%s cannot be run alone: %s", type(blocks[i]).__name__, error)
-        result.append(_starred(groups))
+                logger.warning(
+                    "%s cannot be run alone (%s); the order of its linears is that in which they "
+                    "are defined.",
+                    type(blocks[i]).__name__,
+                    error,
+                )
+        result.append(starred(groups))
     return result
 
 
-def _starred(groups: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+def starred(groups: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
     """Write ``*`` for the numbers of experts, which make one step."""
     steps = [tuple(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", n) for n in g)) for g in groups]
     return list(dict.fromkeys(steps))
