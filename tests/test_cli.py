@@ -8,7 +8,7 @@ import pytest
 
 from auto_gptq.cli import main
 from tests.tiny import tiny_model
-from tests.tiny_tokenizer import save_tokenizer
+from tests.tiny_tokenizer import tiny_tokenizer
 from tests.zoo import tiny_of
 
 
@@ -40,7 +40,7 @@ def test_a_model_is_quantized_measured_and_converted(
 ) -> None:
     dense, packed, converted = tmp_path / "dense", tmp_path / "packed", tmp_path / "v2"
     tiny_model().save_pretrained(dense)
-    save_tokenizer(dense)
+    tiny_tokenizer().save_pretrained(dense)
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog " * 200)
     settings = ["--group-size", "32", "--rows", "4", "--length", "32", "--data", str(text)]

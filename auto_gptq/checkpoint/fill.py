@@ -106,11 +106,11 @@ def check_packed(
         superfluous[name].take(tensor)
 
 
-def some(names: Iterable[str]) -> str:
+def some(names: Iterable[str], most: int = _MOST_NAMES_SHOWN) -> str:
     """Give the first few of many names."""
     listed = list(names)
-    shown = ", ".join(listed[:_MOST_NAMES_SHOWN])
-    more = len(listed) - _MOST_NAMES_SHOWN
+    shown = ", ".join(listed[:most])
+    more = len(listed) - most
     return f"{shown} and {more} more" if more > 0 else shown
 
 

@@ -6,6 +6,7 @@ to put QuantLinears there beforehand, and to look at what it has done afterwards
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
@@ -32,6 +33,8 @@ from ..nn_modules.surgery import (
     untie,
 )
 from ..quantization.config import CHECKPOINT_FORMAT, BaseQuantizeConfig
+
+logger = logging.getLogger(__name__)
 
 _FLOATS = ("scales", "bias")
 
@@ -85,11 +88,13 @@ def finish(model: Any, skeleton: Skeleton) -> None:
 
     :raises CheckpointError: (a ValueError) if a layer's values would make every output wrong
     """
+    _check_offloading(skeleton.layers.values())
     rounded: dict[str, tuple[QuantLinear, str]] = {}
     for name, layer in skeleton.layers.items():
         if "g_idx" in layer._non_persistent_buffers_set:  # not in the checkpoint
             layer.g_idx = trivial_g_idx(layer.in_features, layer.group_size, layer.g_idx.device)
         if layer.qweight.is_meta:  # offloaded; accelerate fetches the values for each use
+            _correct_offload_index(name, layer, skeleton.headers)
             continue
         layer.g_idx = layer.g_idx.to(torch.int32)  # some tools write int64
         layer.check(name)
@@ -103,6 +108,32 @@ def finish(model: Any, skeleton: Skeleton) -> None:
         layer, buffer = rounded[name]
         setattr(layer, buffer, tensor.to(layer.qweight.device))
     _restore_dtypes(model, skeleton.dtypes)
+
+
+def _check_offloading(layers: Iterable[QuantLinear]) -> None:
+    hooks = [getattr(layer, "_hf_hook", None) for layer in layers]
+    kept = sum(
+        getattr(h, "offload", False) and not getattr(h, "offload_buffers", True) for h in hooks
+    )
+    if kept:
+        logger.warning(
+            "%d packed layers are offloaded by name only: accelerate leaves their tensors, which "
+            "are buffers, on the device. To save memory pass offload_buffers=True as well.",
+            kept,
+        )
+
+
+def _correct_offload_index(name: str, layer: Any, headers: Mapping[str, Header]) -> None:
+    """Let accelerate read a layer's tensors in their own dtypes.
+
+    transformers 4 notes the model's dtype for all, and int32 words do not survive as float32.
+    """
+    stored = layer._hf_hook.weights_map  # a dataset that puts a prefix before names
+    index = getattr(stored.dataset, "index", {})
+    for buffer, _ in layer.named_buffers(recurse=False):
+        entry, header = index.get(f"{stored.prefix}{buffer}"), headers.get(f"{name}.{buffer}")
+        if entry is not None and header is not None and "dtype" in entry:
+            entry["dtype"] = str(header.dtype).removeprefix("torch.")
 
 
 def _weights(model: Any, checkpoint_files: Iterable[str] | None) -> WeightFiles:

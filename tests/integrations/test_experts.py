@@ -40,12 +40,12 @@ SETTINGS = {
 }
 
 
-def _tiny(model_type: str) -> Any:
+def tiny_moe(model_type: str) -> Any:
     config = tiny_config(model_type, **EXTRA.get(model_type, {}))
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
-def _pack(model: Any, dense: tuple[str, ...] = ()) -> None:
+def pack(model: Any, dense: tuple[str, ...] = ()) -> None:
     """Round the linears of all blocks to nearest, but those whose names hold one of ``dense``."""
     unfuse(model)
     layers = []
@@ -66,7 +66,7 @@ def _pack(model: Any, dense: tuple[str, ...] = ()) -> None:
     replace(model, layers)
 
 
-def _write(model: Any, folder: Path, rename: tuple[str, str] | None) -> dict[str, Tensor]:
+def write(model: Any, folder: Path, rename: tuple[str, str] | None) -> dict[str, Tensor]:
     tensors = {n: t.clone() for n, t in model.state_dict().items()}
     if rename is not None:
         tensors = {name.replace(*rename): tensor for name, tensor in tensors.items()}
@@ -85,9 +85,9 @@ def model_type(request: pytest.FixtureRequest) -> str:
 
 
 def test_every_logit_is_that_of_the_dequantized_model(model_type: str, tmp_path: Path) -> None:
-    model = _tiny(model_type)
-    _pack(model)
-    written = _write(model, tmp_path / "packed", TYPES[model_type] if V5 else None)
+    model = tiny_moe(model_type)
+    pack(model)
+    written = write(model, tmp_path / "packed", TYPES[model_type] if V5 else None)
     assert any(".experts.3." in name and name.endswith("qweight") for name in written)
     dequantize(model, torch.float32)
     wanted = model(IDS).logits
@@ -109,9 +109,9 @@ def test_every_logit_is_that_of_the_dequantized_model(model_type: str, tmp_path:
 
 def test_what_transformers_renames_gets_the_models_dtype_too(tmp_path: Path) -> None:
     """transformers 5.17 leaves the router, whose name changes on the way, as it was stored."""
-    model = _tiny("mixtral")
-    _pack(model)
-    _write(model, tmp_path / "packed", TYPES["mixtral"] if V5 else None)
+    model = tiny_moe("mixtral")
+    pack(model)
+    write(model, tmp_path / "packed", TYPES["mixtral"] if V5 else None)
     half = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert half(IDS).logits.isfinite().all()
@@ -122,9 +122,9 @@ def test_experts_that_stayed_dense_are_loaded_as_well(
     dense: str, model_type: str, tmp_path: Path
 ) -> None:
     """One dense expert beside packed ones was once merged into a tensor that is no more."""
-    model = _tiny(model_type)
-    _pack(model, dense=(dense,))
-    _write(model, tmp_path / "packed", TYPES[model_type] if V5 else None)
+    model = tiny_moe(model_type)
+    pack(model, dense=(dense,))
+    write(model, tmp_path / "packed", TYPES[model_type] if V5 else None)
     dequantize(model, torch.float32)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
     assert torch.allclose(loaded(IDS).logits, model(IDS).logits, atol=1e-5)
