@@ -15,7 +15,7 @@ from .errors import AutoGPTQError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and give its exit status: 1 after an error that a user can mend."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         options.run(options)
     except AutoGPTQError as error:

@@ -46,14 +46,15 @@ def test_models_without_a_row_come_back_as_they_were_quantized(
     trip = round_trip(model_type, tmp_path)
     assert trip.experts == experts
     assert trip.quantized > experts or model_type == "jetmoe"
-    assert not any(".experts." in name for name in trip.dense)
-    # The order of fp32 sums differs.
-    assert trip.difference < 1e-5 * max(1.0, trip.largest)
+    assert not any(".experts." in name and ".router" not in name for name in trip.dense)
+    assert trip.by_us < 1e-5  # the order of fp32 sums differs
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
 def test_transformers_loads_what_was_found_out(model_type: str, tmp_path: Path) -> None:
-    assert round_trip(model_type, tmp_path, by_transformers=True).difference < 1e-5
+    difference = round_trip(model_type, tmp_path, by_transformers=True).by_transformers
+    assert isinstance(difference, float)
+    assert difference < 1e-5
 
 
 # What community checkpoints of the time of AutoGPTQ and vLLM call an expert's linear.
@@ -71,7 +72,7 @@ def test_old_layouts_with_one_tensor_per_expert_are_written_and_loaded(
     model_type: str, expert: str, tmp_path: Path
 ) -> None:
     """The file is rewritten with only the community's names: nothing else may be needed."""
-    assert round_trip(model_type, tmp_path).difference < 1e-5
+    assert round_trip(model_type, tmp_path).by_us < 1e-5
     tensors = load_file(tmp_path / WEIGHTS)
     assert {f"{expert}.{leaf}" for leaf in ("qweight", "qzeros", "scales", "g_idx")} <= set(tensors)
     assert not any("gate_up_proj" in name for name in tensors)
