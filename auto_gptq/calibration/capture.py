@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from .activations import Activations
-from .examples import Batch
+from .examples import Batch, model_inputs
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Stands, in a block's call, for what the block before it puts out beside hidden states."""
+
+    index: int  # in that block's outputs
 
 
 @dataclass
@@ -20,6 +27,15 @@ class BlockCall:
 
     args: tuple[Any, ...]  # after the hidden states
     kwargs: dict[str, Any]
+    outputs: tuple[Any, ...] = ()  # of the block once it has run, None for the hidden states
+
+    def carry_on(self, before: BlockCall) -> None:
+        """Put in what the block before has put out."""
+        args = [*self.args, *self.kwargs.values()]
+        if any(isinstance(value, Carried) for value in args):
+            values = [before.outputs[x.index] if isinstance(x, Carried) else x for x in args]
+            self.args = tuple(values[: len(self.args)])
+            self.kwargs = dict(zip(self.kwargs, values[len(self.args) :], strict=True))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> BlockCall:
         """Move all tensors, and give floating ones the dtype of the block."""
@@ -33,7 +49,7 @@ class Captured:
     hidden: Activations  # per batch: [B, T, hidden size]
     calls: list[list[BlockCall]]  # per block, per batch
     keep: list[Tensor | None]  # per batch: [B, T] bool, False where padded; None if nowhere
-    returns_tuple: bool = False  # whether a block gives (hidden, ...) instead of hidden
+    outputs: int = 0  # how many values a block gives in a tuple; 0 for hidden states alone
 
 
 class _Reached(Exception):
@@ -64,9 +80,24 @@ def capture(
         for batch in batches:
             mask = batch.attention_mask.to(device)
             with suppress(_Reached):
-                model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False)
+                model(**model_inputs(model, batch, device))
             result.keep.append(None if bool(batch.attention_mask.all()) else mask.bool())
     result.hidden.check_finite("The hidden states before the first block")
+    return result
+
+
+def trace(model: nn.Module, blocks: Sequence[nn.Module], tokens: int) -> Captured:
+    """Do the same with one row of tokens, without looking at values: meta tensors will do."""
+    first = next(model.parameters())
+    ids = torch.arange(tokens, device=first.device)[None]
+    hidden = Activations(first.device, first.dtype, 0, home="device")
+    result = Captured(hidden, [[] for _ in blocks], [None])
+    inputs = model_inputs(model, Batch(ids, torch.ones_like(ids)), first.device)
+    if first.is_meta and "attention_mask" in inputs:
+        # Of another one transformers would look at the values.
+        inputs["attention_mask"] = first.new_zeros(1, 1, tokens, tokens)
+    with _recording(blocks, result), suppress(_Reached):
+        model(**inputs)
     return result
 
 
@@ -89,8 +120,7 @@ def capture_head(
 
     def stand_in(_index: int, _forward: Any) -> Any:
         def put_out(*_args: Any, **_kwargs: Any) -> Any:
-            hidden = captured.hidden[index]
-            return (hidden,) if captured.returns_tuple else hidden
+            return _put_out(captured.hidden[index], captured.outputs)
 
         return put_out
 
@@ -100,11 +130,7 @@ def capture_head(
             for index in range(len(batches)):
                 batch = batches[index]
                 with suppress(_Reached):
-                    model(
-                        input_ids=batch.input_ids.to(device),
-                        attention_mask=batch.attention_mask.to(device),
-                        use_cache=False,
-                    )
+                    model(**model_inputs(model, batch, device))
     finally:
         handle.remove()
 
@@ -112,7 +138,7 @@ def capture_head(
 @contextmanager
 def _recording(blocks: Sequence[nn.Module], result: Captured) -> Iterator[None]:
     """Replace the forward of each block, on the instance, by one that notes and passes through."""
-    returns_tuple: list[bool] = []
+    outputs: list[int] = []
 
     def recorder(index: int, forward: Any) -> Any:
         def note(*args: Any, **kwargs: Any) -> Any:
@@ -120,17 +146,23 @@ def _recording(blocks: Sequence[nn.Module], result: Captured) -> Iterator[None]:
             if index == 0:
                 result.hidden.append(hidden)
             result.calls[index].append(call)
-            if not returns_tuple:
-                returns_tuple.append(isinstance(forward(*args, **kwargs), tuple))
-                result.returns_tuple = returns_tuple[0]
+            if not outputs:
+                real = forward(*args, **kwargs)
+                outputs.append(len(real) if isinstance(real, (tuple, list)) else 0)
+                result.outputs = outputs[0]
             if index == len(blocks) - 1:
                 raise _Reached
-            return (hidden,) if returns_tuple[0] else hidden
+            return _put_out(hidden, outputs[0])
 
         return note
 
     with _forwards_replaced(blocks, recorder):
         yield
+
+
+def _put_out(hidden: Tensor, outputs: int) -> Any:
+    """Give hidden states as a block does."""
+    return (hidden, *map(Carried, range(1, outputs))) if outputs else hidden
 
 
 @contextmanager

@@ -11,12 +11,15 @@ import torch
 from torch import nn
 
 from .. import _old_names
-from ..architectures import Architecture, find
+from ..architectures import Architecture, knows
 from ..calibration.examples import make_batches
 from ..checkpoint.blocks import DiskWeights
 from ..checkpoint.writer import Files
 from ..errors import QuantizedStateError
+from ..nn_modules.experts import unfuse
 from ..nn_modules.surgery import prepare
+from ..pipeline.discover import find_or_discover
+from ..pipeline.fit import fit_settings
 from ..pipeline.quantize import quantize_model
 from ..pipeline.ranks import Ranks
 from ..pipeline.report import ModuleReport, write_report
@@ -35,7 +38,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
-
 
 __getattr__ = _old_names.getter(__name__)
 
@@ -96,8 +98,10 @@ class BaseGPTQForCausalLM(FormerMethods):
     def architecture(self) -> Architecture:
         """The row that says which linears are quantized."""
         if self.layers_block_name is None and self.inside_layer_modules is None:
-            return find(self.model_type)
-        return Architecture.from_class_attributes(self, self.model_type)
+            return find_or_discover(self.model, self.model_type)
+        row = Architecture.from_class_attributes(self, self.model_type)
+        # A class of ours says what the table says, which may not suit the model; a user's does.
+        return find_or_discover(self.model, self.model_type) if knows(row) else row
 
     @property
     def device(self) -> torch.device:
@@ -205,9 +209,12 @@ class BaseGPTQForCausalLM(FormerMethods):
             tokenizer=tokenizer,
             max_length=longest_sequence(self.config),
         )
+        unfuse(self.model)
+        architecture = self.architecture
+        self.quantize_config = fit_settings(self.model, architecture, self.quantize_config)
         self.report = quantize_model(
             self.model,
-            self.architecture,
+            architecture,
             self.quantize_config,
             batches,
             show_progress=show_progress,
@@ -309,7 +316,7 @@ class BaseGPTQForCausalLM(FormerMethods):
         model_config = load.load_config(
             pretrained_model_name_or_path, trust_remote_code, **model_init_kwargs
         )
-        check_supported(model_config.model_type, SUPPORTED_MODELS)
+        check_supported(model_config.model_type, SUPPORTED_MODELS, model_config)
         model_init_kwargs = for_transformers(model_init_kwargs)
         torch_dtype = as_dtype(model_init_kwargs.pop("dtype", torch_dtype)) or torch.float16
         if max_memory is not None:
@@ -365,7 +372,7 @@ class BaseGPTQForCausalLM(FormerMethods):
         note_unknown(kwargs, "attn_implementation", "dtype")
         note_meaningless(locals())
         model_config = load.load_config(model_name_or_path, trust_remote_code, **kwargs)
-        check_supported(model_config.model_type, SUPPORTED_MODELS)
+        check_supported(model_config.model_type, SUPPORTED_MODELS, model_config)
         if kwargs.get("attn_implementation"):
             model_config._attn_implementation = kwargs["attn_implementation"]
         settings = as_settings(quantize_config, model_name_or_path, checkpoint_format, kwargs)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .._version import __version__
 from ..checkpoint.blocks import DiskWeights
 from ..checkpoint.layouts import WRITABLE, encode
+from ..checkpoint.names import dense_on_disk, on_disk
 from ..checkpoint.reader import WeightFiles
 from ..checkpoint.safetensors_file import Outgoing
 from ..checkpoint.servable import judge
@@ -137,22 +138,43 @@ def _quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
 def _tensors(
     model: nn.Module, checkpoint_format: str, disk: DiskWeights | None
 ) -> dict[str, Outgoing]:
-    """Give all tensors of a model by name, in its order, tied parameters once."""
+    """Give all tensors of a model by their names on disk, tied parameters and modules once."""
     layers = _quant_linears(model)
+    names = on_disk(model, layers)
+    every = dict(model.named_modules(remove_duplicate=False))
     tensors: dict[str, Outgoing] = {}
+    dense: dict[str, Tensor] = {}
     written: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         owner = name.rpartition(".")[0]
         if owner in layers:
             if f"{owner}.qweight" == name:  # one buffer stands for all of them
                 encoded = _encoded(owner, layers[owner], checkpoint_format, disk)
-                tensors |= {f"{owner}.{leaf}": value for leaf, value in encoded.items()}
+                tensors |= {f"{names[owner]}.{leaf}": value for leaf, value in encoded.items()}
+        elif isinstance(every[owner], QuantLinear):
+            continue  # it has another name as well
         elif id(tensor) not in written or not isinstance(tensor, nn.Parameter):
-            tensors[name] = Outgoing.of(tensor)
-            if disk is not None and tensor.is_meta:
-                tensors[name] = disk.outgoing(name)
+            dense[name] = tensor.detach()
         written.add(id(tensor))
-    return tensors
+    return tensors | _dense(model, dense, disk)
+
+
+def _dense(
+    model: nn.Module, tensors: dict[str, Tensor], disk: DiskWeights | None
+) -> dict[str, Outgoing]:
+    """Give dense tensors by their names on disk."""
+    inside = {id(tensor): name for name, tensor in tensors.items()}
+    result = {}
+    for name, tensor in dense_on_disk(model, tensors).items():
+        result[name] = Outgoing.of(tensor)
+        if disk is not None and tensor.is_meta:
+            if id(tensor) not in inside:
+                raise ConfigError(
+                    f"{name} is not stored as the model has it. Load the model without "
+                    "device_map='disk'."
+                )
+            result[name] = disk.outgoing(inside[id(tensor)])
+    return result
 
 
 def _encoded(
@@ -178,6 +200,7 @@ def _encoded(
 def _model_config(model: PreTrainedModel, settings: BaseQuantizeConfig) -> str:
     config = copy.deepcopy(model.config)
     config.quantization_config = settings.to_dict()
+    config.architectures = [type(model).__name__]  # as transformers' own save_pretrained does
     written = with_legacy_keys(json.loads(config.to_json_string(use_diff=False)))
     written.pop("_name_or_path", None)  # a path of this machine, if anything
     return json.dumps(written, indent=2, sort_keys=True) + "\n"

@@ -110,7 +110,10 @@ def check_finite(feed: Feed) -> None:
 def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
     """Call a block as the model did; give its hidden states."""
     output = block(hidden, *call.args, **call.kwargs)
-    result: Tensor = output[0] if isinstance(output, tuple) else output
+    if not isinstance(output, (tuple, list)):
+        return output  # type: ignore[no-any-return]
+    call.outputs = (None, *output[1:])
+    result: Tensor = output[0]
     return result
 
 
@@ -301,11 +304,21 @@ class _Collector:
         self.seen.add(name)
         for sharing in self.sharing:
             other = self._inputs[sharing.names[0]]
-            if other.data_ptr() == x.data_ptr() and other.shape == x.shape:
+            if is_same(other, x):
                 sharing.names.append(name)
                 return
         self._inputs[name] = x
         self.sharing.append(_Sharing([name], Hessian(x.shape[-1], x.device)))
+
+
+def is_same(x: Tensor, y: Tensor) -> bool:
+    """Tell whether two tensors view the same values, on the meta device and empty ones too."""
+    return (
+        x.shape == y.shape
+        and x.stride() == y.stride()
+        and x.storage_offset() == y.storage_offset()
+        and x.untyped_storage()._cdata == y.untyped_storage()._cdata
+    )
 
 
 def kept_tokens(keep: Tensor | None, x: Tensor) -> Tensor | None:

@@ -20,6 +20,7 @@ from ..errors import ConfigError, NumericsError, QuantizedStateError
 from ..nn_modules import surgery
 from ..nn_modules.qlinear.linear import QuantLinear, dense_weight
 from ..nn_modules.surgery import find_linears, quantized_from, untie
+from ..nn_modules.unfused import calibrating
 from ..quantization.config import BaseQuantizeConfig
 from ..quantization.solver import SolverOptions
 from .block import Feed, Solved, propagate, solve_step
@@ -32,6 +33,7 @@ from .plan import Plan, make_plan, solver_options
 from .progress import Progress
 from .ranks import Ranks
 from .report import ModuleReport, summary, write_report
+from .routing import with_routed_tokens
 from .tuning import tune_block
 
 logger = logging.getLogger(__name__)
@@ -140,16 +142,19 @@ class _Run:
             if self.plan.looks_at_exact():
                 self.exact = hidden.first(_EXACT_TOKENS // self.ranks.count)
             with (
+                calibrating(self.model, self.config.expert_share, len(self.batches)),
                 Progress(blocks, tokens, device, show_progress) as progress,
                 ThreadPoolExecutor(2 * len(self.batches), "auto_gptq-pass") as threads,
             ):
+                before: list[BlockCall] = []
                 for i, block in enumerate(self.plan.blocks):
                     calls = [call.to(device, dtype) for call in captured.calls[i]]
                     captured.calls[i] = []  # nobody asks again
+                    for call, earlier in zip(calls, before, strict=bool(before)):
+                        call.carry_on(earlier)
+                    before = calls
                     feed = Feed(hidden, calls, captured.keep, self.ranks, self.exact)
-                    for entry in self._one_block(i, block, feed, threads):
-                        report.append(entry)
-                        progress.module_done(entry)
+                    report += self._one_block(i, block, feed, threads, progress)
                     progress.block_done()
                 if self.plan.head is not None:
                     report += self._head(captured)
@@ -160,8 +165,13 @@ class _Run:
         return report
 
     def _one_block(
-        self, index: int, block: nn.Module, feed: Feed, threads: ThreadPoolExecutor
-    ) -> Iterator[ModuleReport]:
+        self,
+        index: int,
+        block: nn.Module,
+        feed: Feed,
+        threads: ThreadPoolExecutor,
+        progress: Progress,
+    ) -> list[ModuleReport]:
         """Quantize one block, unless an earlier run has, and put its QuantLinears in place."""
         name = f"{self.plan.prefix}.{index}"
         home = next(block.parameters()).device
@@ -173,18 +183,19 @@ class _Run:
                     restore(block, stored.layers)
                     propagate(block, feed)
                     layers, report = stored.layers, stored.report
-                    yield from report
                 else:
                     done, report = [], []
                     for solved in self._tuned(index, block, feed, threads):
                         done.append(solved)
                         report.append(_entry(name, index, solved))
-                        yield report[-1]
+                        progress.module_done(report[-1])
+                    report = with_routed_tokens(report, name, block, self.config.expert_share)
                     layers = self._packed(block, name, done)
             except NumericsError as error:
                 raise NumericsError(f"{name}: {error}") from error
             surgery.replace(block, layers.items())
         self._keep(index, name, layers, report if stored is None else None, home)
+        return report
 
     def _tuned(
         self, index: int, block: nn.Module, feed: Feed, threads: ThreadPoolExecutor

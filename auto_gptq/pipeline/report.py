@@ -29,6 +29,7 @@ class ModuleReport:
     tokens: int  # calibration tokens seen
     seconds: float  # spent in the solver
     note: str = ""  # what was done otherwise than asked for, and why
+    routed: int | None = None  # tokens that the router sent to this expert; None if it is none
 
     @property
     def kind(self) -> str:
