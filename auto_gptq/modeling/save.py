@@ -149,7 +149,7 @@ def _tensors(model: nn.Module, checkpoint_format: str) -> dict[str, Outgoing]:
         elif id(tensor) not in written or not isinstance(tensor, nn.Parameter):
             dense[name] = tensor.detach()
         written.add(id(tensor))
-    return tensors | {n: Outgoing.of(t) for n, t in dense_on_disk(model, dense).items()}
+    return tensors | {n: Outgoing.of(t) for n, t in dense_on_disk(model, dense, layers).items()}
 
 
 def _model_config(model: PreTrainedModel, settings: BaseQuantizeConfig) -> str:
