@@ -38,7 +38,7 @@ def model(blocks: int, hidden: int, intermediate: int, device: str) -> Any:
 
 
 def seconds(built: Any, rows: torch.Tensor, settings: dict[str, Any]) -> float:
-    wrapper = BaseGPTQForCausalLM(built, False, BaseQuantizeConfig(**settings))
+    wrapper = BaseGPTQForCausalLM(built, False, BaseQuantizeConfig.preset(**settings))
     started = time.perf_counter()
     wrapper.quantize(as_examples(rows), show_progress=False)
     if torch.cuda.is_available():
@@ -60,14 +60,14 @@ def main() -> None:
     tokens = torch.randint(0, 32000, (options.rows, options.length))
     shapes = (options.hidden, options.intermediate, device)
     rows: list[dict[str, Any]] = []
-    common = {"bits": 4, "group_size": 128}
     for name, settings in {
-        "act-order, static groups": {"desc_act": True, "static_groups": True},
-        "groups in order, min-max": {"desc_act": False, "scale_search": False},
+        "compatible": {"name": "compatible"},
+        "default": {"name": "default"},
+        "groups in order, min-max": {"name": "compatible", "desc_act": False},
     }.items():
-        seconds(model(1, *shapes), tokens[:8], common | settings)  # warm up
-        short = seconds(model(2, *shapes), tokens, common | settings)
-        long = seconds(model(4, *shapes), tokens, common | settings)
+        seconds(model(1, *shapes), tokens[:8], settings)  # warm up
+        short = seconds(model(2, *shapes), tokens, settings)
+        long = seconds(model(4, *shapes), tokens, settings)
         per_block = (long - short) / 2
         peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
         rows.append(

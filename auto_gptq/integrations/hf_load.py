@@ -29,6 +29,7 @@ from ..nn_modules.surgery import (
     features,
     find_linears,
     output_head,
+    prepare,
     replace,
     untie,
 )
@@ -51,7 +52,7 @@ class Skeleton:
     replaced: set[str]  # names of the model's tensors that are no more
 
 
-def prepare(
+def insert(
     model: Any, settings: BaseQuantizeConfig, checkpoint_files: Iterable[str] | None
 ) -> Skeleton:
     """Put an empty QuantLinear in the place of each linear that the checkpoint holds packed.
@@ -108,6 +109,7 @@ def finish(model: Any, skeleton: Skeleton) -> None:
         layer, buffer = rounded[name]
         setattr(layer, buffer, tensor.to(layer.qweight.device))
     _restore_dtypes(model, skeleton.dtypes)
+    prepare(model)
 
 
 def _check_offloading(layers: Iterable[QuantLinear]) -> None:

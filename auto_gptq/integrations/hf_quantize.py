@@ -12,6 +12,7 @@ from ..errors import ConfigError
 from ..modeling.limits import longest_sequence, padding_token
 from ..modeling.save import saved_config
 from ..nn_modules.experts import unfuse
+from ..nn_modules.surgery import prepare
 from ..pipeline.discover import find_or_discover
 from ..pipeline.fit import fit_settings
 from ..pipeline.quantize import quantize_model
@@ -50,6 +51,7 @@ def quantize_loaded(model: Any, config: Any) -> dict[str, Any]:
     architecture = _architecture(model, config)
     settings = fit_settings(model, architecture, settings)
     quantize_model(model, architecture, settings, batches)
+    prepare(model)
     return saved_config(settings, model).to_dict()
 
 

@@ -173,7 +173,8 @@ class BaseGPTQForCausalLM(FormerMethods):
 
         :param examples: dicts with ``input_ids`` and ``attention_mask``, or ids alone; padding
             does not count
-        :param tokenizer: given that, examples may be texts or chats, or a dataset of them
+        :param tokenizer: given that, examples may be texts or chats, a dataset of them, or "python"
+            or "ultrachat", texts that are good for a start
         :param batch_size: examples that run through a block at a time
         :param show_progress: draw a bar; None for only on a terminal
         :param work_dir: folder that keeps every finished block; called again as before after a

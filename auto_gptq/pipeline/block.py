@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..nn_modules.qlinear.linear import dense_weight
 from ..quantization.hessian import Hessian
 from ..quantization.precision import tensor_cores
 from ..quantization.solver import Solution, SolverOptions, round_to_nearest, solve
+from .exact import Exact, gap_before, same_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,13 @@ class Feed:
     hidden: list[Tensor]  # [B, T, hidden size]
     calls: list[BlockCall]
     keep: list[Tensor | None]  # [B, T] bool, False where padded
+    # What enters the block in the full-precision model, for the first batches only.
+    exact: list[Tensor] = field(default_factory=list)
+
+    def of_exact(self) -> Feed:
+        """Give the batches whose full-precision hidden states are kept, with these."""
+        count = len(self.exact)
+        return Feed(self.exact, self.calls[:count], self.keep[:count])
 
 
 @dataclass(frozen=True)
@@ -47,16 +55,22 @@ def solve_step(
     linears: Mapping[str, nn.Module],
     feed: Feed,
     options: Mapping[str, SolverOptions],  # by the names of the linears
+    exact: Exact | None = None,  # of the whole block, if the feed has exact states
 ) -> Iterator[Solved]:
     """Solve the linears of one step, and leave their dequantized weights in the block.
 
     Linears that read the same tensor share one Hessian, and those with the same options also one
     factorization.
     """
-    collector = _Collector(linears)
-    with collector.hooked():
-        for hidden, call, keep in zip(feed.hidden, feed.calls, feed.keep, strict=True):
-            collector.keep = keep
+    collector = _Collector(linears, exact.writers if exact is not None else [])
+    with collector.hooked(), ExitStack() as context:
+        if exact is not None:
+            context.enter_context(exact.watched(collector.written))
+        for i, (hidden, call) in enumerate(zip(feed.hidden, feed.calls, strict=True)):
+            collector.keep = feed.keep[i]
+            if exact is not None and i < len(feed.exact):
+                with exact.in_place():
+                    collector.note_exact(block, feed.exact[i], call)
             collector.run(block, hidden, call)
     for sharing in collector.sharing:
         together = {name: linears[name] for name in sharing.names}
@@ -120,8 +134,13 @@ def _solve_stacked(
     mean = hessian.mean()
     weights = {name: dense_weight(linear).float() for name, linear in linears.items()}
     tall = torch.cat(list(weights.values()))
+    with tensor_cores():
+        pull = hessian.pull(tall) if options.correction else None
     try:
-        solved = (solve if hessian.tokens else round_to_nearest)(tall, mean, options)
+        if hessian.tokens:
+            solved = solve(tall, mean, options, pull)
+        else:
+            solved = round_to_nearest(tall, mean, options)
     except NumericsError as error:
         raise NumericsError(f"{', '.join(linears)}: {error}") from error
     with tensor_cores():
@@ -156,12 +175,18 @@ class _Collector:
     """Hooks on the linears of one step that feed their inputs to Hessians."""
 
     linears: Mapping[str, nn.Module]
+    writers: Sequence[str] = ()  # to the residual stream
     sharing: list[_Sharing] = field(default_factory=list)
     keep: Tensor | None = None
     seen: set[str] = field(default_factory=set)
     _inputs: dict[str, Tensor] = field(default_factory=dict)  # of the first batch, by first name
     _waiting: set[str] = field(default_factory=set)
     _is_first: bool = True
+    # The next batch's inputs in the full-precision model and its residual stream, by name.
+    _exact: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    _is_exact: bool = False
+    _residual: Tensor | None = None
+    _tokens: int = 0  # of the batch
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -175,20 +200,34 @@ class _Collector:
             for handle in handles:
                 handle.remove()
 
+    def note_exact(self, block: nn.Module, hidden: Tensor, call: BlockCall) -> None:
+        """Note the inputs of the linears in a pass of the full-precision block."""
+        self._is_exact, self._waiting, self._residual = True, set(self.seen), hidden
+        with suppress(_AllSeen):
+            run_block(block, hidden, call)
+        self._is_exact = False
+
     def run(self, block: nn.Module, hidden: Tensor, call: BlockCall) -> None:
-        self._waiting = set(self.seen)
+        self._waiting, self._residual = set(self.seen), hidden
+        self._tokens = hidden.shape[:-1].numel()
         with suppress(_AllSeen):
             run_block(block, hidden, call)
         self._is_first = False
         self._inputs.clear()
+        self._exact.clear()
+
+    def written(self, output: Tensor) -> None:
+        """Follow the residual stream."""
+        assert self._residual is not None
+        self._residual = self._residual + output.reshape_as(self._residual)
 
     def _hook(self, name: str) -> Any:
         def note(_linear: nn.Module, args: Sequence[Tensor]) -> None:
-            if self._is_first:
-                self._assign(name, args[0])
-            for sharing in self.sharing:
-                if sharing.names[0] == name:
-                    sharing.hessian.add(args[0], kept_tokens(self.keep, args[0]))
+            if self._is_exact:
+                residual = self._residual if name in self.writers else None
+                self._exact[name] = args[0], residual
+            else:
+                self._add(name, args[0])
             self._waiting.discard(name)
             # The rest of the block's forward is wanted by nobody.  In the first pass it is not
             # known yet which linears will run.
@@ -196,6 +235,16 @@ class _Collector:
                 raise _AllSeen
 
         return note
+
+    def _add(self, name: str, x: Tensor) -> None:
+        if self._is_first:
+            self._assign(name, x)
+        for sharing in self.sharing:
+            if sharing.names[0] == name:
+                noted, residual = self._exact.get(name, (None, None))
+                exact = same_tokens(noted, x, self._tokens)
+                gap = None if exact is None else gap_before(residual, self._residual, x)
+                sharing.hessian.add(x, kept_tokens(self.keep, x), exact, gap)
 
     def _assign(self, name: str, x: Tensor) -> None:
         """Find the linears that read the very same tensor; their inputs are kept alive for that."""

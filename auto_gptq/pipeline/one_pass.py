@@ -24,6 +24,7 @@ from ..nn_modules.surgery import features
 from ..quantization.hessian import Hessian
 from ..quantization.solver import SolverOptions
 from .block import Feed, Solved, check_finite, is_same, kept_tokens, run_block, solve_together
+from .exact import Exact, gap_before, same_tokens
 
 # Activations alive in a stopped pass, in units of the widest input and twice the hidden size:
 # the residual, the linear's input, and what the model keeps beside them.
@@ -56,7 +57,7 @@ def fits_one_pass(linears: Mapping[str, nn.Module], feed: Feed) -> bool:
     """Tell whether memory holds the activations of all batches in the midst of a block."""
     x = feed.hidden[0]
     widest = max(features(linear)[0] for linear in linears.values())
-    tokens = sum(hidden.shape[:-1].numel() for hidden in feed.hidden)
+    tokens = sum(hidden.shape[:-1].numel() for hidden in (*feed.hidden, *feed.exact))
     needed = tokens * _ALIVE * (widest + 2 * x.shape[-1]) * x.element_size()
     if x.is_cuda:
         free, _ = torch.cuda.mem_get_info(x.device)
@@ -72,34 +73,65 @@ def solve_in_one_pass(
     feed: Feed,
     options: Mapping[str, SolverOptions],  # by the names of the linears
     threads: ThreadPoolExecutor,
+    exact: Exact | None = None,  # if the feed has exact states
 ) -> Iterator[Solved]:
     """Solve all linears of a block and replace the hidden states by the quantized block's outputs.
 
     :param groups: names that read one tensor, in the order of running: from :func:`reading_groups`
-    :param threads: one per batch at least; kept from block to block, because a new thread's first
-        product on a GPU takes 60 ms
+    :param threads: one per batch of either stream at least; kept from block to block, because a new
+        thread's first product on a GPU takes 60 ms
     :raises NumericsError: naming the linears whose weights or inputs hold NaN or infinity
     """
     stops = {group[0]: (linears[group[0]], _stop_before(group[0])) for group in groups}
     for group in groups:  # blocks of one class are taken to read alike; here that is checked
         stops |= {name: (linears[name], _read_as(group[0], name)) for name in group[1:]}
-    with _hooked(stops), _forwards(block, feed, threads) as forwards:
-        for forward in forwards:
-            forward.go_on()
+    exact = exact or Exact(block, {}, [])
+    with (
+        _hooked(stops),
+        exact.watched(_written),
+        _forwards(block, feed, threads) as forwards,
+        _forwards(block, feed.of_exact(), threads) as exacts,
+    ):
+        _all_go_on(forwards, exacts, exact)
         for group in groups:
             waiting = [forward for forward in forwards if forward.waits_before == group[0]]
-            x = waiting[0].input
-            assert x is not None
-            hessian = Hessian(x.shape[-1], x.device)
-            for forward in waiting:
-                assert forward.input is not None
-                hessian.add(forward.input, kept_tokens(forward.keep, forward.input))
+            hessian = _sum_up(forwards, exacts, group[0], group[0] in exact.writers)
             together = {name: linears[name] for name in group}
             yield from solve_together(together, hessian, options)
-            for forward in waiting:
-                forward.go_on()
+            also = [forward for forward in exacts if forward.waits_before == group[0]]
+            _all_go_on(waiting, also, exact)
         feed.hidden[:] = [forward.result() for forward in forwards]
+        feed.exact[:] = [forward.result() for forward in exacts]
     check_finite(feed)
+
+
+def _all_go_on(forwards: Sequence[_Forward], exacts: Sequence[_Forward], exact: Exact) -> None:
+    """Let passes run to their next stops, the exact ones with the full-precision weights."""
+    for forward in forwards:
+        forward.go_on()
+    with exact.in_place():
+        for forward in exacts:
+            forward.go_on()
+
+
+def _sum_up(
+    forwards: Sequence[_Forward], exacts: Sequence[_Forward], name: str, writes: bool
+) -> Hessian:
+    """Make the Hessian of the inputs that the passes hold before a linear."""
+    hessian: Hessian | None = None
+    for i, forward in enumerate(forwards):
+        x = forward.input
+        if forward.waits_before != name or x is None:
+            continue
+        hessian = hessian or Hessian(x.shape[-1], x.device)
+        exact = gap = None
+        if i < len(exacts) and exacts[i].waits_before == name:
+            exact = same_tokens(exacts[i].input, x, forward.tokens)
+        if exact is not None and writes:
+            gap = gap_before(exacts[i].residual, forward.residual, x)
+        hessian.add(x, kept_tokens(forward.keep, x), exact, gap)
+    assert hessian is not None
+    return hessian
 
 
 class _AbandonedError(Exception):
@@ -113,6 +145,8 @@ class _Forward:
 
     def __init__(self, block: nn.Module, hidden: Tensor, call: BlockCall, keep: Tensor | None):
         self.keep = keep
+        self.tokens = hidden.shape[:-1].numel()
+        self.residual = hidden  # as far as the pass has come
         self.waits_before: str | None = None
         self.input: Tensor | None = None  # of the linear it waits before
         self.read: dict[str, int] = {}  # where the input of each stop lay
@@ -138,6 +172,10 @@ class _Forward:
             self._finished = True
             self.waits_before = self.input = None
             self._has_stopped.release()
+
+    def written(self, output: Tensor) -> None:
+        """Follow the residual stream."""
+        self.residual = self.residual + output.reshape_as(self.residual)
 
     def stop_before(self, name: str, x: Tensor) -> None:
         """Hand control back to the main thread until it says to go on."""
@@ -184,6 +222,10 @@ def _forwards(
         for forward in forwards:
             forward.abandon()
         wait([forward.future for forward in forwards])
+
+
+def _written(output: Tensor) -> None:
+    _Forward.running.forward.written(output)
 
 
 def _stop_before(name: str) -> Any:

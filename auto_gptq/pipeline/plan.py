@@ -33,6 +33,10 @@ class Plan:
     settings: dict[str, BaseQuantizeConfig]  # by full name, of each linear to quantize
     head: str | None  # full name of the output head, if it is to be quantized
 
+    def looks_at_exact(self) -> bool:
+        """Tell whether the full-precision model must run beside the quantized one."""
+        return any(own.correction or own.tuning_epochs for own in self.settings.values())
+
     def options(self, block_name: str, index: int) -> dict[str, SolverOptions]:
         """Give the options of a block's linears by their relative names."""
         names = [name for step in self.steps[index] for name in step]
@@ -159,7 +163,12 @@ def _check_marlin(name: str, linear: nn.Module, config: BaseQuantizeConfig) -> N
 def solver_options(config: BaseQuantizeConfig) -> SolverOptions:
     """Translate the user's settings."""
     # Only the v1 format cannot hold a zero point of 0.
-    rule = GridRule(config.bits, config.sym, lowest_zero=ZERO_OFFSET[config.checkpoint_format])
+    rule = GridRule(
+        config.bits,
+        config.sym,
+        lowest_zero=ZERO_OFFSET[config.checkpoint_format],
+        signed=config.signed_scales,
+    )
     return SolverOptions(
         rule,
         group_size=config.group_size,
@@ -167,4 +176,6 @@ def solver_options(config: BaseQuantizeConfig) -> SolverOptions:
         act_order=config.desc_act,
         static_groups=config.static_groups,
         scale_search=config.scale_search,
+        keep_unrounded=config.tuning_epochs > 0,
+        correction=config.correction,
     )

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..architectures import Architecture
 from ..calibration.capture import BlockCall, Captured, capture, capture_head
 from ..calibration.examples import Batch, merge_batches
 from ..errors import NumericsError
-from ..nn_modules.surgery import quantized_from, replace, untie
+from ..nn_modules import surgery
+from ..nn_modules.surgery import find_linears, quantized_from, untie
 from ..nn_modules.unfused import calibrating
 from ..quantization.config import BaseQuantizeConfig
 from ..quantization.solver import SolverOptions
 from .block import Feed, Solved, propagate, solve_step
+from .exact import Exact, find_writers
 from .journal import Journal, describe_job, restore
 from .one_pass import fits_one_pass, reading_groups, solve_in_one_pass
 from .placement import execution_device, execution_dtype, placed
@@ -26,9 +29,16 @@ from .plan import Plan, make_plan, solver_options
 from .progress import Progress
 from .report import ModuleReport
 from .routing import with_routed_tokens
+from .tuning import tune_block
+
+logger = logging.getLogger(__name__)
 
 # Tokens that run through a block at a time: enough to keep the device busy.
 _TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 32768}
+_TUNED_AT_ONCE = 4096  # fewer: each batch is one step
+# Tokens that also run through the full-precision blocks, to see how far the quantized model drifts:
+# enough for a regression, and little time beside the Hessians of a usual calibration.
+_EXACT_TOKENS = 65536
 
 
 @torch.no_grad()
@@ -52,20 +62,26 @@ def quantize_model(
     plan = make_plan(model, architecture, config)
     device = execution_device(model)
     dtype = execution_dtype(next(plan.blocks.parameters()).dtype, device)
-    batches = merge_batches(batches, _TOKENS_AT_ONCE.get(device.type, 2048))
+    at_once = _TOKENS_AT_ONCE.get(device.type, 2048)
+    at_once = min(at_once, _TUNED_AT_ONCE) if config.tuning_epochs else at_once
+    _warn_of_few_tokens(plan, batches)
+    batches = merge_batches(batches, at_once)
     journal = work_dir and Journal.open(work_dir, describe_job(model, config, batches, dtype))
     captured = _capture(model, plan, batches, device, dtype)
     report: list[ModuleReport] = []
     with (
         calibrating(model, config.expert_share, len(batches)),
         Progress(len(plan.settings), show_progress) as progress,
-        ThreadPoolExecutor(len(batches), thread_name_prefix="auto_gptq-pass") as threads,
+        ThreadPoolExecutor(2 * len(batches), thread_name_prefix="auto_gptq-pass") as threads,
     ):
-        run = _Run(threads, {})
+        exact = _first(captured.hidden, _EXACT_TOKENS) if plan.looks_at_exact() else []
+        run = _Run(threads, {}, {}, exact, config)
         before: list[BlockCall] = []
         for i, block in enumerate(plan.blocks):
             name = f"{plan.prefix}.{i}"
             feed = _feed(captured, i, device, dtype)
+            run.exact[:] = [x.to(device, dtype) for x in run.exact]
+            feed.exact = run.exact
             for call, earlier in zip(feed.calls, before, strict=bool(before)):
                 call.carry_on(earlier)
             before = feed.calls
@@ -74,7 +90,7 @@ def quantize_model(
             with placed(block, device, dtype):
                 try:
                     options = plan.options(name, i)
-                    for solved in run.solve(block, plan.steps[i], feed, options, stored):
+                    for solved in run.finish(block, plan.steps[i], feed, options, stored):
                         done.append(solved)
                         report.append(_entry(name, i, solved))
                         progress.module_done(report[-1])
@@ -92,6 +108,19 @@ def quantize_model(
             report.append(_entry("", len(plan.blocks), solved))
             progress.module_done(report[-1])
     return report
+
+
+def _warn_of_few_tokens(plan: Plan, batches: Sequence[Batch]) -> None:
+    linears = find_linears(plan.blocks[0])
+    inputs = max((surgery.features(linear)[0] for linear in linears.values()), default=0)
+    tokens = sum(batch.tokens for batch in batches)
+    if tokens < 2 * inputs:
+        logger.warning(
+            "The examples hold %d tokens for linears of up to %d inputs. Fewer than twice as many "
+            "tokens as inputs say little about how these go together: use more or longer examples.",
+            tokens,
+            inputs,
+        )
 
 
 def _quantize_head(
@@ -122,8 +151,13 @@ class _Run:
     threads: ThreadPoolExecutor
     # Which linears read one tensor, by class of block and names of linears.
     readings: dict[tuple[type[nn.Module], tuple[str, ...]], list[list[str]]]
+    writers: dict[tuple[type[nn.Module], tuple[str, ...]], list[str]]  # to the residual stream
+    # The full-precision model's hidden states before the block, of the first batches; replaced by
+    # those after it.  Empty if nothing is corrected towards them.
+    exact: list[Tensor]
+    config: BaseQuantizeConfig
 
-    def solve(
+    def finish(
         self,
         block: nn.Module,
         steps: list[list[str]],
@@ -131,13 +165,34 @@ class _Run:
         options: Mapping[str, SolverOptions],  # by the names of the linears
         stored: Sequence[Solved] | None,  # by an earlier run
     ) -> Iterator[Solved]:
-        """Solve a block, and replace the hidden states by its outputs."""
+        """Find a block's integers, and replace the hidden states by its outputs."""
         if stored is not None:
+            if feed.exact:
+                propagate(block, feed.of_exact())
             restore(block, stored)
             propagate(block, feed)
             yield from stored
-            return
+        elif self.config.tuning_epochs:
+            before = replace(feed, hidden=[*feed.hidden])
+            done = list(self.solve(block, steps, feed, options))
+            bits = {name: option.rule.bits for name, option in options.items()}
+            epochs = self.config.tuning_epochs
+            yield from tune_block(block, done, bits, before, feed.exact, epochs)
+            feed.hidden[:] = before.hidden
+            propagate(block, feed)
+        else:
+            yield from self.solve(block, steps, feed, options)
+
+    def solve(
+        self,
+        block: nn.Module,
+        steps: list[list[str]],
+        feed: Feed,
+        options: Mapping[str, SolverOptions],  # by the names of the linears
+    ) -> Iterator[Solved]:
+        """Solve a block, and replace the hidden states by its outputs."""
         linears = {name: block.get_submodule(name) for step in steps for name in step}
+        exact = self._exact(block, linears, feed) if feed.exact else None
         if len(steps) > 1 and fits_one_pass(linears, feed):
             kind = (type(block), tuple(linears))
             if kind not in self.readings:
@@ -145,12 +200,30 @@ class _Run:
                 self.readings[kind] = reading_groups(block, linears, *first)
             groups = self.readings[kind]
             if sum(map(len, groups)) == len(linears):  # all were reached, and none twice
-                yield from solve_in_one_pass(block, linears, groups, feed, options, self.threads)
+                yield from solve_in_one_pass(
+                    block, linears, groups, feed, options, self.threads, exact
+                )
                 return
         for step in steps:
             of_step = {name: linears[name] for name in step}
-            yield from solve_step(block, of_step, feed, options)
+            yield from solve_step(block, of_step, feed, options, exact)
         propagate(block, feed)
+        if exact is not None:
+            with exact.in_place():
+                propagate(block, feed.of_exact())
+
+    def _exact(self, block: nn.Module, linears: Mapping[str, nn.Module], feed: Feed) -> Exact:
+        everyone = find_linears(block)
+        kind = (type(block), tuple(everyone))
+        if kind not in self.writers:
+            self.writers[kind] = find_writers(block, everyone, feed.exact[0], feed.calls[0])
+        return Exact(block, linears, self.writers[kind])
+
+
+def _first(hidden: Sequence[Tensor], tokens: int) -> list[Tensor]:
+    """Give the batches that hold so many tokens, one at least."""
+    lengths = [x.shape[:-1].numel() for x in hidden]
+    return [x for i, x in enumerate(hidden) if i == 0 or sum(lengths[: i + 1]) <= tokens]
 
 
 def _capture(
@@ -188,7 +261,7 @@ def _pack(parent: nn.Module, parent_name: str, done: Sequence[Solved], plan: Pla
             settings.checkpoint_format,
         )
         packed.append((solved.name, layer.to(home)))
-    replace(parent, packed)
+    surgery.replace(parent, packed)
 
 
 def _joined(parent: str, name: str) -> str:

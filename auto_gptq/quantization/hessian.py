@@ -39,15 +39,26 @@ class Hessian:
         self.total = torch.zeros(size, size, dtype=torch.float32, device=device)
         self.tokens = 0
         self._is_lower = False  # only the lower triangle of `total` counts
+        self._drift: Tensor | None = None  # [size, size] sum of (exact x - x) xᵀ
+        self._gap: Tensor | None = None  # [outputs, size] sum of gap xᵀ
+        self._drift_tokens = 0
 
     def add(
         self,
         x: Tensor,  # [..., size] inputs of the layer
         keep: Tensor | None = None,  # [...] bool, False where x is padding
+        exact: Tensor | None = None,  # [..., size] what x is in the full-precision model
+        gap: Tensor | None = None,  # [..., outputs] what the outputs should make up for besides
     ) -> None:
         """Add the outer products of all kept tokens, summed in fp32."""
-        rows = x.reshape(-1, x.shape[-1]) if keep is None else x[keep]
+        rows = _rows(x, keep)
         self.tokens += rows.shape[0]
+        if exact is not None:
+            # Numbers that near each other are subtracted without rounding.
+            self._drift = _plus(self._drift, _rows(exact, keep) - rows, rows)
+            self._drift_tokens += rows.shape[0]
+            if gap is not None:
+                self._gap = _plus(self._gap, _rows(gap, keep), rows)
         if rows.is_cuda and rows.dtype.itemsize == _HALF:
             self._add_on_tensor_cores(rows)
         else:
@@ -74,6 +85,31 @@ class Hessian:
         if self._is_lower:
             total = total.tril() + total.tril(-1).t()
         return total / max(self.tokens, 1)
+
+    def pull(self, weight: Tensor) -> Tensor | None:
+        """Give ``[outputs, size]`` fp32, the mean of ``(wanted - W x) xᵀ``; None without exact x.
+
+        Wanted is what the full-precision model puts out, ``W (exact x)``, plus the gap.
+        """
+        if self._drift is None:
+            return None
+        pull = weight @ self._drift
+        if self._gap is not None and self._gap.shape == pull.shape:
+            pull += self._gap
+        return pull / max(self._drift_tokens, 1)
+
+
+def _plus(total: Tensor | None, left: Tensor, rows: Tensor) -> Tensor:
+    """Add ``leftᵀ rows``, summed in fp32."""
+    if rows.is_cuda and rows.dtype.itemsize == _HALF:
+        product = torch.mm(left.t(), rows, out_dtype=torch.float32)
+    else:
+        product = left.to(torch.float32).t() @ rows.to(torch.float32)
+    return product if total is None else total.add_(product)
+
+
+def _rows(x: Tensor, keep: Tensor | None) -> Tensor:
+    return x.reshape(-1, x.shape[-1]) if keep is None else x[keep]
 
 
 @dataclass(frozen=True)

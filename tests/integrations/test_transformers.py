@@ -132,13 +132,12 @@ def test_every_logit_is_that_of_the_dequantized_model(
 
 
 @pytest.mark.parametrize("name", [*MADE, *EDITED])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_save_pretrained_gives_the_same_bytes_under_the_same_names(
-    name: str, dtype: torch.dtype, checkpoint: Callable[[str], Path], tmp_path: Path
+    name: str, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """In bfloat16 too, whose 8 bits would round the scales."""
+    """In bfloat16, whose 8 bits would round the scales."""
     folder = checkpoint(name)
-    AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(tmp_path)
     before, after = tensors_of(folder), tensors_of(tmp_path)
     if name == "biases of zero":
         before = {n: t for n, t in before.items() if not n.endswith("bias")}
@@ -211,6 +210,18 @@ def test_generate_writes_what_the_dequantized_model_writes(
     assert torch.equal(model.generate(ids, cache_implementation=cache, **options), wanted)
 
 
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_generate_compiles_a_model_on_a_gpu(checkpoint: Callable[[str], Path]) -> None:
+    """With a static cache transformers compiles what says that it can be compiled."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"), device_map="cuda")
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    wanted = model.generate(IDS.cuda(), **options)
+    found = model.generate(IDS.cuda(), cache_implementation="static", **options)
+    assert hasattr(model, "_compiled_call")
+    assert torch.equal(found, wanted)
+
+
 def test_dequantize_leaves_a_plain_model_that_can_be_saved(
     checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -229,12 +240,13 @@ def test_the_device_map_auto_and_a_users_config_are_taken(
     checkpoint: Callable[[str], Path],
 ) -> None:
     folder = checkpoint("llama")
-    wanted = AutoModelForCausalLM.from_pretrained(folder)(IDS).logits
     model = AutoModelForCausalLM.from_pretrained(folder, device_map="auto")
-    assert torch.equal(model(IDS.to(model.device)).logits.cpu(), wanted)
+    ids = IDS.to(model.device)
+    wanted = AutoModelForCausalLM.from_pretrained(folder).to(model.device)(ids).logits
+    assert torch.equal(model(ids).logits, wanted)
     with pytest.warns(UserWarning, match="already has a `quantization_config`"):
         model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=GPTQConfig(bits=4))
-    assert torch.equal(model(IDS).logits, wanted)
+    assert torch.equal(model.to(ids.device)(ids).logits, wanted)
 
 
 TEXTS = ["The quick brown fox jumps over the lazy dog. " * 3, "What is measured is managed. " * 4]
