@@ -57,13 +57,25 @@ def on_disk(model: Any, names: Iterable[str]) -> dict[str, str]:
     return {name: rename(f"{name}.weight").removesuffix(".weight") for name in names}
 
 
-def dense_on_disk(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give a model's dense tensors as they lie in a checkpoint."""
+def dense_on_disk(
+    model: Any, tensors: Mapping[str, Tensor], packed: Iterable[str]
+) -> dict[str, Tensor]:
+    """Give a model's dense tensors as they lie in a checkpoint.
+
+    Linears that would be converted, but of whose kind others are packed, keep the model's names:
+    transformers takes such rules back where packed linears are concerned.
+
+    :param packed: names of the packed linears
+    """
     if not _has_rules(model):
         return dict(tensors)
     from transformers.core_model_loading import revert_weight_conversion
 
-    return dict(revert_weight_conversion(model, dict(tensors)))
+    rules = [rule for rule in _rules(model, reverse=True) if hasattr(rule, "operations")]
+    broken = [r for r in rules if any(r.rename_source_key(f"{n}.weight")[1] for n in packed)]
+    kept = {n: t for n, t in tensors.items() if any(r.rename_source_key(n)[1] for r in broken)}
+    others = {name: tensor for name, tensor in tensors.items() if name not in kept}
+    return kept | dict(revert_weight_conversion(model, others))
 
 
 def convertible(model: Any, names: Iterable[str]) -> set[str]:

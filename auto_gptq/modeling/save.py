@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -156,16 +157,16 @@ def _tensors(
         elif id(tensor) not in written or not isinstance(tensor, nn.Parameter):
             dense[name] = tensor.detach()
         written.add(id(tensor))
-    return tensors | _dense(model, dense, disk)
+    return tensors | _dense(model, dense, layers, disk)
 
 
 def _dense(
-    model: nn.Module, tensors: dict[str, Tensor], disk: DiskWeights | None
+    model: nn.Module, tensors: dict[str, Tensor], packed: Iterable[str], disk: DiskWeights | None
 ) -> dict[str, Outgoing]:
     """Give dense tensors by their names on disk."""
     inside = {id(tensor): name for name, tensor in tensors.items()}
     result = {}
-    for name, tensor in dense_on_disk(model, tensors).items():
+    for name, tensor in dense_on_disk(model, tensors, packed).items():
         result[name] = Outgoing.of(tensor)
         if disk is not None and tensor.is_meta:
             if id(tensor) not in inside:
