@@ -121,11 +121,14 @@ def test_decode_attention_agrees_with_fp64(
     for cache in (case["keys"], case["values"]):
         cache[:, :, int(case["length"]) + 1 :] = float("nan")  # places not reached hold anything
     case = {k: v.to(device) if torch.is_tensor(v) else v for k, v in case.items()}
-    scratch = decode_ops.decode_scratch(3, heads, kv_heads, channels, device)
-    inputs = case | {"partial": scratch[0], "arrived": scratch[1]}
-    for _ in range(2):  # the second call finds the counters as the first one left them
-        out = ops.decode_attention(**inputs)
-        assert (out.cpu().double() - wanted).abs().max() < 2 * tolerance(dtype)
+    _, arrived = decode_ops.decode_scratch(3, heads, kv_heads, channels, device)
+    # The parts of the cache: one; the blocks of a cluster; those and more, joined through memory.
+    for parts in (1, 5, 8, 32):
+        partial = torch.full((3, heads, parts, channels + 2), float("nan"), device=device)
+        for _ in range(2):  # the second call finds the counters as the first one left them
+            out = ops.decode_attention(**case, partial=partial, arrived=arrived)
+            assert (out.cpu().double() - wanted).abs().max() < 2 * tolerance(dtype)
+    assert (arrived == 0).all()
     used = slice(0, int(case["length"]) + 1)
     for held, right in ((case["keys"], keys), (case["values"], values)):
         difference = (held.cpu().double() - right)[:, :, used].abs()
