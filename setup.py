@@ -30,13 +30,8 @@ HEADERS = sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in
 # builds for one of them, in a fifth of the time; AUTO_GPTQ_CUDA_TARGETS= leaves CUDA out.
 CUDA_TARGETS = os.environ.get("AUTO_GPTQ_CUDA_TARGETS", "75 80 86 89 90").split()
 
-
-def cuda_options(source: str) -> list[str]:
-    """Give the architectures that a file is for: one named *sm90* uses what only Hopper has."""
-    if "sm90" in Path(source).name:
-        return ["-gencode=arch=compute_90a,code=sm_90a"]
-    real = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in CUDA_TARGETS]
-    return [*real, "-gencode=arch=compute_{0},code=compute_{0}".format(CUDA_TARGETS[-1])]
+# Files that use what only some chips have; code for 8.0 also runs on 8.6 and 8.9.
+OWN_TARGETS = {"q_mma": ["80"], "q_wgmma_sm90": ["90a"]}
 
 
 def find_torch() -> Path | None:
@@ -94,6 +89,16 @@ def cuda_libraries(nvcc: Path) -> list[str]:
     return [] if top is None else [f"{top[1]}/{name}" for name in ("lib64", "lib")]
 
 
+def code_for(source: str) -> list[str]:
+    """Give the compiler's options for what one file is compiled to."""
+    own = OWN_TARGETS.get(Path(source).stem)
+    targets = own or CUDA_TARGETS
+    options = [f"-gencode=arch=compute_{t},code=sm_{t}" for t in targets]
+    if not targets[-1].endswith("a"):  # PTX for what comes, except of one chip's own instructions
+        options.append("-gencode=arch=compute_{0},code=compute_{0}".format(targets[-1]))
+    return options
+
+
 class BuildNative(build_ext):
     """Name the file without the ABI tag of one Python: it does not use Python's C API."""
 
@@ -109,9 +114,7 @@ class BuildNative(build_ext):
             target = Path(self.build_temp) / f"{Path(source).stem}.cuda.o"
             target.parent.mkdir(parents=True, exist_ok=True)
             options = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
-            self.spawn(
-                [str(nvcc), *options, *cuda_options(source), "-c", source, "-o", str(target)]
-            )
+            self.spawn([str(nvcc), *options, *code_for(source), "-c", source, "-o", str(target)])
             extension.extra_objects.append(str(target))
         extension.define_macros.append(("AUTO_GPTQ_CUDA", "1"))
         extension.library_dirs += cuda_libraries(nvcc)
