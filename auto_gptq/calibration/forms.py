@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 from ..errors import ExamplesError
+from .datasets import named_examples
 
 HOW = (
     "examples must be a list of dicts with `input_ids` and `attention_mask`, as a tokenizer "
@@ -19,10 +20,14 @@ def as_encodings(examples: Any, tokenizer: Any = None) -> list[Any]:
 
     Dicts with ``input_ids`` are handed on as they are; ids without a mask are all real.
 
-    :param examples: a list, tensor, ``datasets.Dataset`` or batch that a tokenizer returned
+    :param examples: a list, tensor, ``datasets.Dataset`` or batch that a tokenizer returned, or
+        the name of a text: see :data:`.datasets.NAMED_TEXTS`
     :param tokenizer: what turns texts and chats into ids; not needed for ids
     :raises ExamplesError: (a ValueError) saying which example is of what wrong form
     """
+    if isinstance(examples, str):
+        _require(tokenizer, "examples is a str, the name of a text")
+        examples = named_examples(examples, tokenizer)
     return [_encoding(i, example, tokenizer) for i, example in enumerate(_listed(examples))]
 
 

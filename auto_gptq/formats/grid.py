@@ -42,14 +42,28 @@ class GridRule:
         """The largest code."""
         return (1 << self.bits) - 1
 
+    # Try negative scales too.  A symmetric grid has one level more below zero than above, and a
+    # negative scale puts it where the larger weights are.  Asymmetric grids need no such help.
+    signed: bool = False
+
     @property
     def factors(self) -> tuple[float, ...]:
         """Ranges to try, as shares of the min-max one, when looking for the least error.
 
-        A finer or wider list changes the error by less than 1 %.  8-bit grids stay min-max:
-        nothing is gained there by cutting off large weights.
+        Negative: the same range with a negative scale.  A finer or wider list changes the error by
+        less than 1 %.  8-bit grids stay min-max: nothing is gained there by cutting off large
+        weights, nor by one level more.
         """
-        return (1.0,) if self.bits == 8 else tuple(1 - i / 20 for i in range(-1, 11))
+        if self.bits == 8:
+            return (1.0,)
+        shares = tuple(1 - i / 20 for i in range(-1, 11))
+        return shares + tuple(-f for f in shares) if self.signed and self.symmetric else shares
+
+    def part(self, lowest: Tensor, highest: Tensor, factor: float | Tensor) -> Grid:
+        """Lay the codes over a share of the range [lowest, highest], mirrored if it is negative."""
+        low, high = lowest * factor, highest * factor
+        grid = self.span(torch.minimum(low, high), torch.maximum(low, high))
+        return Grid(grid.scale if factor > 0 else -grid.scale, grid.zero, grid.maxq)
 
     def span(self, lowest: Tensor, highest: Tensor) -> Grid:
         """Lay the codes over ranges that include 0 (GPTQ, section 4).

@@ -76,7 +76,7 @@ class AutoGPTQHfQuantizer(HfQuantizer):
     ) -> Any:
         if self.pre_quantized:
             settings = as_settings(dict(vars(self.quantization_config).get("given", {})))
-            self._skeleton = hf_load.prepare(model, settings, checkpoint_files)
+            self._skeleton = hf_load.insert(model, settings, checkpoint_files)
         return model
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> Any:

@@ -38,6 +38,7 @@ class Kernel:
     device: str | None  # a type of device; None for each
     capability: tuple[int, int] | None = None  # the least, of an NVIDIA GPU
     native: bool = False  # whether it lies in auto_gptq/_native.so
+    triton: bool = False  # whether Triton compiles it
     step: int = 16  # what the group size must be a multiple of, in tiles
 
     def refusal(self, weight: Weight) -> str | None:
@@ -48,19 +49,24 @@ class Kernel:
         if self.device not in (None, weight.device.type):
             yield f"the weight is on {weight.device}, not on {self.device}"
         if self.layout == "tiles":
-            obstacle = weight.unfit or find_obstacle(weight.bits, weight.group_size)
-            if obstacle is not None:
-                yield obstacle
-            if weight.group_size != -1 and weight.group_size % self.step:
-                yield f"group_size is {weight.group_size}, which is not a multiple of {self.step}"
+            yield from self._refusals_of_tiles(weight)
         if self.native and not native.load():
             yield native.reason()
+        if self.triton and _triton_failure() is not None:
+            yield str(_triton_failure())
         if self.capability is not None:
             yield from _gpu_refusals(weight.device, self.capability)
         if self.layout == "tiles":
             wrong = self_test.failure(weight.device, weight.bits)
             if wrong is not None:
                 yield f"its self-test fails: {wrong}"
+
+    def _refusals_of_tiles(self, weight: Weight) -> Iterator[str]:
+        obstacle = weight.unfit or find_obstacle(weight.bits, weight.group_size)
+        if obstacle is not None:
+            yield obstacle
+        if weight.group_size != -1 and weight.group_size % self.step:
+            yield f"group_size is {weight.group_size}, which is not a multiple of {self.step}"
 
 
 def _gpu_refusals(device: torch.device, capability: tuple[int, int]) -> Iterator[str]:
@@ -76,16 +82,30 @@ def _gpu_refusals(device: torch.device, capability: tuple[int, int]) -> Iterator
 # The first that serves a weight is taken.
 KERNELS = (
     Kernel("cuda", "tiles", "cuda", capability=(7, 5), native=True),
+    Kernel("triton", "tiles", "cuda", triton=True),
     Kernel("cpu", "tiles", "cpu", native=True, step=32),
     Kernel("cpu-fp32", "gptq", "cpu", native=True),
     Kernel("torch", "gptq", None),
 )
 
 
+@functools.cache
+def _triton_failure() -> str | None:
+    """Register the Triton kernels, which then serve all of torch's CUDA and ROCm devices."""
+    if native.has_cuda():
+        return "auto_gptq/_native.so serves the CUDA devices"
+    try:
+        from . import triton_ops
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    triton_ops.register()
+    return None
+
+
 def choose(weight: Weight) -> Kernel:
     """Take the first kernel that can serve a weight; plain torch serves each, and is warned of."""
     kernel = next(kernel for kernel in KERNELS if kernel.refusal(weight) is None)
-    if not kernel.native:
+    if kernel is KERNELS[-1]:
         _warn_once(weight.device.type, explain(weight))
     return kernel
 

@@ -203,7 +203,7 @@ def solve_columns(
 def fit_grids(
     weight: Tensor,  # [n, N] fp32, columns held transposed
     importance: Tensor,  # [n] fp32, weight of each column's squared error
-    factors: Tensor,  # [F] fp32, ranges to try as shares of the min-max one
+    factors: Tensor,  # [F] fp32, ranges to try as shares of the min-max one; < 0: negative scales
     group_size: int,
     bits: int,
     symmetric: bool,
@@ -220,7 +220,7 @@ def fit_grids(
         part = slice(start, start + group_size)
         group = weight[part]
         lowest, highest = group.amin(0).clamp(max=0), group.amax(0).clamp(min=0)
-        tried = [rule.span(lowest * factor, highest * factor) for factor in factors]
+        tried = [rule.part(lowest, highest, factor) for factor in factors]
         missed = [group - grid.from_codes(grid.to_codes(group)) for grid in tried]
         best = torch.stack([importance[part] @ x.square() for x in missed]).argmin(0, keepdim=True)
         grids.append([torch.stack(x).gather(0, best)[0] for x in _fields(tried)])

@@ -8,7 +8,6 @@ on when that linear has been solved.  Only one thread runs at a time.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -19,11 +18,21 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.capture import BlockCall
+from ..calibration.memory import free_bytes
 from ..errors import UnsupportedModelError
 from ..nn_modules.surgery import features
 from ..quantization.hessian import Hessian
 from ..quantization.solver import SolverOptions
-from .block import Feed, Solved, check_finite, kept_tokens, run_block, solve_together
+from .block import (
+    Feed,
+    Solved,
+    check_finite,
+    is_same,
+    kept_tokens,
+    run_block,
+    solve_together,
+)
+from .exact import Exact, gap_before
 
 # Activations alive in a stopped pass, in units of the widest input and twice the hidden size:
 # the residual, the linear's input, and what the model keeps beside them.
@@ -40,7 +49,7 @@ def reading_groups(
         def hook(_linear: nn.Module, args: Sequence[Tensor]) -> None:
             x = args[0]
             for other, names in read:
-                if other.data_ptr() == x.data_ptr() and other.shape == x.shape:
+                if is_same(other, x):
                     names.append(name)
                     return
             read.append((x, [name]))
@@ -54,15 +63,13 @@ def reading_groups(
 
 def fits_one_pass(linears: Mapping[str, nn.Module], feed: Feed) -> bool:
     """Tell whether memory holds the activations of all batches in the midst of a block."""
+    if feed.hidden.home != "device":
+        return False
     x = feed.hidden[0]
     widest = max(features(linear)[0] for linear in linears.values())
-    tokens = sum(hidden.shape[:-1].numel() for hidden in feed.hidden)
+    tokens = sum(hidden.shape[:-1].numel() for hidden in (*feed.hidden, *feed.exact))
     needed = tokens * _ALIVE * (widest + 2 * x.shape[-1]) * x.element_size()
-    if x.is_cuda:
-        free, _ = torch.cuda.mem_get_info(x.device)
-        unused = torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
-        return needed < free + unused
-    return needed < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    return bool(needed < free_bytes(x.device) // (1 if x.is_cuda else 2))
 
 
 def solve_in_one_pass(
@@ -72,34 +79,73 @@ def solve_in_one_pass(
     feed: Feed,
     options: Mapping[str, SolverOptions],  # by the names of the linears
     threads: ThreadPoolExecutor,
+    exact: Exact | None = None,  # if the feed has exact states
 ) -> Iterator[Solved]:
     """Solve all linears of a block and replace the hidden states by the quantized block's outputs.
 
     :param groups: names that read one tensor, in the order of running: from :func:`reading_groups`
-    :param threads: one per batch at least; kept from block to block, because a new thread's first
-        product on a GPU takes 60 ms
+    :param threads: one per batch of either stream at least; kept from block to block, because a new
+        thread's first product on a GPU takes 60 ms
     :raises NumericsError: naming the linears whose weights or inputs hold NaN or infinity
     """
     stops = {group[0]: (linears[group[0]], _stop_before(group[0])) for group in groups}
     for group in groups:  # blocks of one class are taken to read alike; here that is checked
         stops |= {name: (linears[name], _read_as(group[0], name)) for name in group[1:]}
-    with _hooked(stops), _forwards(block, feed, threads) as forwards:
-        for forward in forwards:
-            forward.go_on()
+    exact = exact or Exact(block, {}, [])
+    with (
+        _hooked(stops),
+        exact.watched(_written),
+        _forwards(block, feed, threads) as forwards,
+        _forwards(block, feed.of_exact(), threads) as exacts,
+    ):
+        _all_go_on(forwards, exacts, exact)
         for group in groups:
             waiting = [forward for forward in forwards if forward.waits_before == group[0]]
-            x = waiting[0].input
-            assert x is not None
-            hessian = Hessian(x.shape[-1], x.device)
-            for forward in waiting:
-                assert forward.input is not None
-                hessian.add(forward.input, kept_tokens(forward.keep, forward.input))
+            inputs = features(linears[group[0]])[0]
+            hessian = Hessian(inputs, feed.hidden.device)
+            for part in feed.ranks.parts(len(forwards)):
+                some = hessian if part.start == 0 else Hessian(inputs, feed.hidden.device)
+                # Nobody waits where tokens are routed past an expert that the first batch met.
+                _add_inputs(some, forwards, exacts, part, group[0], exact)
+                if some is not hessian:
+                    hessian.merge(some)
             together = {name: linears[name] for name in group}
-            yield from solve_together(together, hessian, options)
-            for forward in waiting:
-                forward.go_on()
+            yield from solve_together(together, hessian, options, feed.ranks)
+            also = [forward for forward in exacts if forward.waits_before == group[0]]
+            _all_go_on(waiting, also, exact)
         feed.hidden[:] = [forward.result() for forward in forwards]
+        feed.exact[:] = [forward.result() for forward in exacts]
     check_finite(feed)
+
+
+def _all_go_on(forwards: Sequence[_Forward], exacts: Sequence[_Forward], exact: Exact) -> None:
+    """Let passes run to their next stops, the exact ones with the full-precision weights."""
+    for forward in forwards:
+        forward.go_on()
+    with exact.in_place():
+        for forward in exacts:
+            forward.go_on()
+
+
+def _add_inputs(
+    hessian: Hessian,
+    forwards: Sequence[_Forward],
+    exacts: Sequence[_Forward],
+    part: range,
+    name: str,
+    exact: Exact,
+) -> None:
+    """Add the inputs that some passes hold before a linear."""
+    for i in part:
+        forward, x = forwards[i], forwards[i].input
+        if forward.waits_before != name or x is None:
+            continue
+        wanted = gap = None
+        if i < len(exacts) and exacts[i].waits_before == name:
+            wanted = exact.matching(name, exacts[i].input, x, forward.tokens)
+        if wanted is not None and name in exact.writers:
+            gap = gap_before(exacts[i].residual, forward.residual, x)
+        hessian.add(x, kept_tokens(forward.keep, x), wanted, gap)
 
 
 class _AbandonedError(Exception):
@@ -113,6 +159,8 @@ class _Forward:
 
     def __init__(self, block: nn.Module, hidden: Tensor, call: BlockCall, keep: Tensor | None):
         self.keep = keep
+        self.tokens = hidden.shape[:-1].numel()
+        self.residual = hidden  # as far as the pass has come
         self.waits_before: str | None = None
         self.input: Tensor | None = None  # of the linear it waits before
         self.read: dict[str, int] = {}  # where the input of each stop lay
@@ -138,6 +186,10 @@ class _Forward:
             self._finished = True
             self.waits_before = self.input = None
             self._has_stopped.release()
+
+    def written(self, output: Tensor) -> None:
+        """Follow the residual stream."""
+        self.residual = self.residual + output.reshape_as(self.residual)
 
     def stop_before(self, name: str, x: Tensor) -> None:
         """Hand control back to the main thread until it says to go on."""
@@ -184,6 +236,10 @@ def _forwards(
         for forward in forwards:
             forward.abandon()
         wait([forward.future for forward in forwards])
+
+
+def _written(output: Tensor) -> None:
+    _Forward.running.forward.written(output)
 
 
 def _stop_before(name: str) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 from .. import hub
 from ..errors import ConfigError, MissingFileError
 from .dynamic import check_patterns, find_override, known_settings_only
+from .presets import PRESETS
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,16 @@ _ALL_FORMATS = set().union(*QUANT_METHOD_FORMAT_MAPPING.values())
 _FOREIGN_VERSIONS = {"gemv", "gemv_fast", "llm-awq", "exllama", "ipex", "marlin"}
 # Keys that are understood without being settings.
 _READ_BESIDES = {"version", "zero_point", "format", CHECKPOINT_FORMAT_FIELD_COMPAT_MARLIN}
+# Settings that AutoGPTQ did not have.
+_OWN_FIELDS = (
+    "scale_search",
+    "signed_scales",
+    "correction",
+    "tuning_epochs",
+    "lm_head",
+    "dynamic",
+    "expert_share",
+)
 # Where a configuration may lie in a model folder, in the order of trying.
 _CONFIG_FILES = (QUANT_CONFIG_FILENAME, "quant_config.json", "config.json")
 
@@ -76,8 +87,15 @@ class BaseQuantizeConfig:
     :param model_name_or_path: where the quantized model came from or was saved to
     :param model_file_base_name: file name of the weights without its extension
     :param scale_search: choose the scales by the error they cause; False for AutoGPTQ's min-max
+    :param signed_scales: let that choice take negative scales; symmetric grids gain by it
+    :param correction: share of the drift from the full-precision model that every linear makes up
+        for, from 0 to 1
+    :param tuning_epochs: passes over the calibration tokens in which the codes and scales of each
+        block are tuned by gradients; 0 for GPTQ alone
     :param lm_head: quantize the output head too; one tied to the embedding is untied
     :param dynamic: settings of some modules, by pattern: see :mod:`.dynamic`
+    :param expert_share: an expert sees at least this share of the tokens that even routing would
+        give it; 0 for only those routed to it, a large number for all
     :param is_marlin_format: 0.7.1's way to say ``checkpoint_format="marlin"``
     :param awq_gemm_checkpoint: 0.7.1's way to say AWQ's format "gemm"
     :raises ConfigError: (a ValueError) if a value cannot work
@@ -95,8 +113,12 @@ class BaseQuantizeConfig:
     model_name_or_path: str | None = None
     model_file_base_name: str | None = None
     scale_search: bool = True
+    signed_scales: bool = False
+    correction: float = 0.0
+    tuning_epochs: int = 0
     lm_head: bool = False
     dynamic: dict[str, dict[str, Any]] | None = None
+    expert_share: float = 0.25
     is_marlin_format: InitVar[bool] = False
     awq_gemm_checkpoint: InitVar[bool] = False
 
@@ -127,6 +149,17 @@ class BaseQuantizeConfig:
             raise ConfigError(
                 f"damp_percent is {self.damp_percent!r}; it must lie between 0 and 1, usually 0.01."
             )
+        if not 0 <= self.correction <= 1:
+            raise ConfigError(
+                f"correction is {self.correction!r}; it must lie between 0 (none) and 1, "
+                "usually 0.5."
+            )
+        if self.tuning_epochs < 0:
+            raise ConfigError(f"tuning_epochs is {self.tuning_epochs!r}; it must be 0 or more.")
+        if not self.expert_share >= 0:
+            raise ConfigError(
+                f"expert_share is {self.expert_share!r}; it must be 0 or more, usually 0.25."
+            )
         formats = QUANT_METHOD_FORMAT_MAPPING.get(self.quant_method)
         if formats is None:
             raise ConfigError(
@@ -138,6 +171,19 @@ class BaseQuantizeConfig:
                 f"checkpoint_format {self.checkpoint_format!r} does not go with quant_method "
                 f"{self.quant_method!r}; possible: {sorted(formats)}."
             )
+
+    @classmethod
+    def preset(
+        cls, name: str = "default", bits: int = 4, group_size: int = 128, **changes: Any
+    ) -> BaseQuantizeConfig:
+        """Give the settings that go by a name: "compatible", "default" or "best".
+
+        :param changes: settings that differ from the preset's
+        :raises ConfigError: (a ValueError) if there is no such preset
+        """
+        if name not in PRESETS:
+            raise ConfigError(f"There is no preset {name!r}; there are {', '.join(PRESETS)}.")
+        return cls(bits, group_size, **PRESETS[name].settings | changes)
 
     @property
     def contiguous(self) -> bool:
@@ -157,7 +203,7 @@ class BaseQuantizeConfig:
         Settings that AutoGPTQ did not have are left out while they have their defaults.
         """
         fields = asdict(self)
-        for name in ("scale_search", "lm_head", "dynamic"):
+        for name in _OWN_FIELDS:
             if fields[name] == type(self).__dataclass_fields__[name].default:
                 del fields[name]
         at_the_end = (QUANT_METHOD_FIELD, CHECKPOINT_FORMAT_FIELD)

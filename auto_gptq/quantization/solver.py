@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import NumericsError
 from ..formats.gptq import trivial_g_idx
 from ..formats.grid import Grid, GridRule
-from ..kernels import native, ops
+from ..kernels import gpu, ops
 from .hessian import factorize
 from .precision import tensor_cores
 
@@ -22,6 +22,8 @@ from .precision import tensor_cores
 _LEAF = 128
 # Columns whose groups are fitted together (the block size of the paper's implementation).
 _BATCH = 128
+_NEARLY_HALF = 0.499
+_ROWS_TOGETHER = 64  # what the kernels take at a time
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class SolverOptions:
     act_order: bool = False
     static_groups: bool = False
     scale_search: bool = True  # fit ranges to the error they cause instead of min-max
+    keep_unrounded: bool = False  # give the codes before rounding, too
+    correction: float = 0.0  # share of the pull that is followed
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Solution:
     g_idx: Tensor  # [K] int32
     loss: Tensor  # [N] fp32: each row of (W - Q) (H + damping) (W - Q)ᵀ, its diagonal element
     damp_percent: float  # the damping that was used
+    unrounded: Tensor | None = None  # [N, K] fp32: codes before rounding, if they were asked for
 
     def dequantize(self) -> Tensor:
         """Give the fp32 weight ``[N, K]`` that the integers stand for."""
@@ -61,6 +66,7 @@ class Solution:
             self.g_idx,
             self.loss[part],
             self.damp_percent,
+            None if self.unrounded is None else self.unrounded[part],
         )
 
 
@@ -69,12 +75,19 @@ def solve(
     weight: Tensor,  # [N, K] any float dtype
     hessian: Tensor,  # [K, K] fp32
     options: SolverOptions,
+    pull: Tensor | None = None,  # [N, K] fp32, see Hessian.pull
+    parts: int = 1,
 ) -> Solution:
     """Quantize one layer.
 
+    With a pull the target is not the weight itself but what brings the outputs nearer to what is
+    wanted of them; ``loss`` then is the distance from that.
+
+    :param parts: parts of the rows whose products are taken apart, so that as many processes, each
+        with one part, get the same codes: a product's last bits depend on its shape
     :raises NumericsError: if the weight or the Hessian holds NaN or infinity
     """
-    native.load()
+    gpu.load_solver()
     rule = options.rule
     columns = weight.shape[1]
     target = weight.to(torch.float32)
@@ -82,15 +95,23 @@ def solve(
         raise NumericsError("The weight holds NaN or infinity; the checkpoint is damaged.")
     order = _processing_order(hessian, options.act_order)
     factor = factorize(hessian[order][:, order], options.damp_percent)
+    if pull is not None and options.correction:
+        if not torch.isfinite(pull).all():
+            raise NumericsError(
+                "The full-precision model's activations hold NaN or infinity. If it runs in "
+                "float16, load it with torch_dtype=torch.bfloat16 or torch.float32."
+            )
+        target = target + options.correction * _shift(pull, order, factor.inverse)
 
+    back = torch.argsort(order)
     group = trivial_g_idx(columns, options.group_size, weight.device)
     sweep = _Sweep(target.t()[order].contiguous(), factor.inverse, rule)
+    sweep.parts = part_rows(len(weight), parts)
     if options.scale_search:
         # 1 / U_ii² is the variance of input i given all inputs processed after it: the share of its
         # rounding error that nothing can make up for.
         sweep.importance = factor.inverse.diagonal().square().reciprocal()
     if options.static_groups or options.group_size in (-1, columns):
-        back = torch.argsort(order)
         importance = None if sweep.importance is None else sweep.importance[back]
         sweep.take(_fit_groups(target.t().contiguous(), options.group_size, rule, importance))
         sweep.group_at = group.to(torch.long)[order]
@@ -100,15 +121,14 @@ def solve(
         sweep.run_by_groups(columns, options.group_size)
         group = torch.empty_like(group).index_copy_(0, order, group)
 
-    codes = torch.empty_like(sweep.codes)
-    codes[order] = sweep.codes
     return Solution(
-        codes=codes.t().contiguous(),
+        codes=sweep.codes[back].t().contiguous(),
         scales=sweep.scales.t().contiguous(),
         zeros=sweep.zeros.t().to(torch.int32).contiguous(),
         g_idx=group,
         loss=sweep.errors.square().sum(0),
         damp_percent=factor.damp_percent,
+        unrounded=sweep.unrounded()[back].t().contiguous() if options.keep_unrounded else None,
     )
 
 
@@ -151,6 +171,21 @@ def _processing_order(hessian: Tensor, act_order: bool) -> Tensor:
     return torch.arange(hessian.shape[0], device=hessian.device)
 
 
+def _shift(
+    pull: Tensor,  # [N, K]
+    order: Tensor,  # [K]
+    inverse: Tensor,  # [K, K] the factor U in processing order
+) -> Tensor:  # [N, K]
+    """Give the change of the weight that meets a pull.
+
+    With ``D = wanted - W X``, ``‖W X + D - Q X‖²`` is ``(W* - Q) H (W* - Q)ᵀ`` plus what does not
+    depend on Q, where ``W* = W + (D Xᵀ) H⁻¹``.  Here ``(H + damping)⁻¹ = Uᵀ U``.
+    """
+    shift = torch.empty_like(pull)
+    shift[:, order] = pull[:, order] @ inverse.t() @ inverse
+    return shift
+
+
 def _fit_groups(
     weight: Tensor,  # [K, N], held transposed
     group_size: int,
@@ -175,12 +210,21 @@ def _fit_groups(
     return Grid(scale, zero, rule.maxq)
 
 
+def part_rows(rows: int, parts: int) -> list[slice]:
+    """Part the rows of a matrix into equal parts, or into one if they are few."""
+    share = -(-rows // parts // _ROWS_TOGETHER) * _ROWS_TOGETHER
+    if share * (parts - 1) >= rows:  # the last would have none
+        return [slice(0, rows)]
+    return [slice(start, min(start + share, rows)) for start in range(0, rows, share)]
+
+
 class _Sweep:
     """One pass over the columns of a layer, held transposed so that a column is contiguous."""
 
     def __init__(self, weight: Tensor, inverse: Tensor, rule: GridRule) -> None:
         self.weight = weight  # [K, N] in processing order; updated in place
         self.inverse = inverse  # [K, K] upper triangular
+        self.parts = [slice(None)]  # of the outputs, whose products are taken apart
         self.rule = rule
         self.importance: Tensor | None = None  # [K] for the choice of scales; None: min-max
         self.scales = weight.new_empty(0, weight.shape[1])  # [G, N] of the groups met so far
@@ -188,6 +232,11 @@ class _Sweep:
         self.group_at: Tensor  # [K] int64, the group of each position
         self.codes = torch.empty_like(weight, dtype=torch.uint8)
         self.errors = torch.empty_like(weight)  # divided by the factor's diagonal
+
+    def unrounded(self) -> Tensor:  # [K, N] in processing order
+        """Give what was rounded to codes, or the last number that is, where a code was cut off."""
+        wanted = self.weight / self.scales[self.group_at] + self.zeros[self.group_at]
+        return self.codes + (wanted - self.codes).clamp(-_NEARLY_HALF, _NEARLY_HALF)
 
     def take(self, grid: Grid) -> None:
         """Add the grids [G, N] of the next groups."""
@@ -221,7 +270,9 @@ class _Sweep:
         middle = start + -(-length // (2 * batch)) * batch
         self.run(start, middle, batch, group_size)
         shares = self.inverse[start:middle, middle:stop].t()
-        self.weight[middle:stop].addmm_(shares, self.errors[start:middle], alpha=-1)
+        for rows in self.parts:
+            later, errors = self.weight[middle:stop, rows], self.errors[start:middle, rows]
+            later.addmm_(shares, errors, alpha=-1)
         self.run(middle, stop, batch, group_size)
 
     def _columns(self, part: slice) -> None:

@@ -51,10 +51,13 @@ AUTO_GPTQ_INLINE float to_code(float weight, float scale, float zero, float maxq
   return std::min(std::max(std::nearbyint(weight / scale) + zero, 0.0f), maxq);
 }
 
-// The grid over [lowest, highest], a range that includes 0; formats/grid.py says the same in Python.
+// The grid over a share of [least, most], a range that includes 0; a negative share mirrors it
+// and gives a negative scale.  formats/grid.py says the same in Python.
 AUTO_GPTQ_INLINE void span(
-    const Fit& fit, float lowest, float highest, float* scale, float* zero) {
+    const Fit& fit, float least, float most, float factor, float* scale, float* zero) {
   const float maxq = static_cast<float>((1 << fit.bits) - 1);
+  const float lowest = std::min(least * factor, most * factor);
+  const float highest = std::max(least * factor, most * factor);
   float exact = std::max(-lowest, highest) * (2 / maxq);
   if (!fit.symmetric) {
     exact = std::max((highest - lowest) / maxq, highest / (maxq - fit.lowest_zero));
@@ -65,6 +68,7 @@ AUTO_GPTQ_INLINE void span(
     const float low = static_cast<float>(fit.lowest_zero);
     *zero = std::min(std::max(std::nearbyint(-lowest / *scale), low), maxq);
   }
+  *scale = factor > 0 ? *scale : -*scale;
 }
 
 // Fit columns [first, last), one group, for the outputs of a strip.
@@ -86,7 +90,7 @@ AUTO_GPTQ_INLINE void fit_strip(const Fit& fit, int64_t group, Strip strip) {
   for (int64_t f = 0; f < fit.candidates; ++f) {
     float scale[kStrip], zero[kStrip], error[kStrip] = {};
     for (int64_t c = 0; c < strip.width; ++c) {
-      span(fit, lowest[c] * fit.factors[f], highest[c] * fit.factors[f], scale + c, zero + c);
+      span(fit, lowest[c], highest[c], fit.factors[f], scale + c, zero + c);
     }
     for (int64_t i = first; i < last; ++i) {
       const float* column = weight + i * fit.weight_stride;

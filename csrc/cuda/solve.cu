@@ -27,17 +27,22 @@ __device__ float storable(float scale, int type) {
   return fminf(fmaxf(scale, 0x1p-149f), 0x1.fffffep127f);
 }
 
-// The grid over [lowest, highest], a range that includes 0; formats/grid.py says the same in Python.
-__device__ void span(const Fit& fit, float lowest, float highest, float& scale, float& zero) {
+// The grid over a share of [least, most], a range that includes 0; a negative share mirrors it and
+// gives a negative scale.  formats/grid.py says the same in Python.
+__device__ void span(
+    const Fit& fit, float least, float most, float factor, float& scale, float& zero) {
   const float maxq = static_cast<float>((1 << fit.bits) - 1);
+  const float lowest = fminf(least * factor, most * factor);
+  const float highest = fmaxf(least * factor, most * factor);
   if (fit.symmetric) {
     scale = storable(fmaxf(-lowest, highest) * (2.0f / maxq), fit.scale_type);
     zero = (maxq + 1.0f) / 2.0f;
-    return;
+  } else {
+    const float low = static_cast<float>(fit.lowest_zero);
+    scale = storable(fmaxf((highest - lowest) / maxq, highest / (maxq - low)), fit.scale_type);
+    zero = fminf(fmaxf(rintf(-lowest / scale), low), maxq);
   }
-  const float low = static_cast<float>(fit.lowest_zero);
-  scale = storable(fmaxf((highest - lowest) / maxq, highest / (maxq - low)), fit.scale_type);
-  zero = fminf(fmaxf(rintf(-lowest / scale), low), maxq);
+  scale = factor > 0.0f ? scale : -scale;
 }
 
 // One block: one group of columns, kFitOutputs outputs; thread (x, y) tries factor y on output x.
@@ -53,6 +58,7 @@ __global__ void fit_grids_kernel(Fit fit) {
   const float* weight = fit.weight + (inside ? n : 0);
 
   float lowest = 0.0f, highest = 0.0f;
+#pragma unroll 16  // many loads in flight
   for (int64_t i = first; i < last; ++i) {
     const float w = weight[i * fit.weight_stride];
     lowest = fminf(lowest, w);
@@ -62,7 +68,8 @@ __global__ void fit_grids_kernel(Fit fit) {
   int best = 0;
   for (int f = threadIdx.y; f < fit.candidates; f += kFitFactors) {
     float scale, zero, error = 0.0f;
-    span(fit, lowest * fit.factors[f], highest * fit.factors[f], scale, zero);
+    span(fit, lowest, highest, fit.factors[f], scale, zero);
+#pragma unroll 8
     for (int64_t i = first; i < last; ++i) {
       const float w = weight[i * fit.weight_stride];
       const float code = fminf(fmaxf(rintf(w / scale) + zero, 0.0f), maxq);
@@ -87,7 +94,7 @@ __global__ void fit_grids_kernel(Fit fit) {
     }
   }
   float scale, zero;
-  span(fit, lowest * fit.factors[best], highest * fit.factors[best], scale, zero);
+  span(fit, lowest, highest, fit.factors[best], scale, zero);
   fit.scales[group * fit.n + n] = scale;
   fit.zeros[group * fit.n + n] = zero;
 }

@@ -198,3 +198,21 @@ def test_a_model_cuts_at_its_longest_sequence() -> None:
     wrapper = BaseGPTQForCausalLM(model, False, BaseQuantizeConfig(group_size=32))
     wrapper.quantize([list(range(2, 40))])
     assert {entry.tokens for entry in wrapper.report} == {16}
+
+
+def test_a_text_has_a_name(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = make_batches("python", tokenizer=tokenizer)
+    assert len(batches) >= 32
+    assert {batch.input_ids.shape[1] for batch in batches} == {2048}
+    chat = [{"role": "user", "content": "a b"}]
+    asked = []
+
+    def load(path: str, **options: Any) -> Any:
+        asked.append((path, options["split"]))
+        return {"messages": [chat, chat]}
+
+    monkeypatch.setattr("auto_gptq.calibration.datasets.load_table", load)
+    assert [len(batch.input_ids) for batch in make_batches("ultrachat", 2, tokenizer=tokenizer)]
+    assert asked == [("HuggingFaceH4/ultrachat_200k", "train_sft[:1024]")]
+    with pytest.raises(ExamplesError, match=r"'my text'\. The texts that have a name are 'python'"):
+        make_batches("my text", tokenizer=tokenizer)

@@ -57,3 +57,25 @@ def test_zero_points_of_v1_are_never_0() -> None:
     weight = torch.rand(32, 50) + 0.1  # all positive: min-max alone would choose zero point 0
     assert (_min_max(GridRule(4, symmetric=False), weight).zero >= 1).all()
     assert (_min_max(GridRule(4, symmetric=False, lowest_zero=0), weight).zero == 0).all()
+
+
+@ALL_BITS
+@BOTH_KINDS
+def test_a_negative_share_gives_the_grid_of_the_mirrored_weights(
+    bits: int, symmetric: bool
+) -> None:
+    rule = GridRule(bits, symmetric)
+    weight = torch.randn(64, 50) + 0.5
+    low, high = weight.amin(0).clamp(max=0), weight.amax(0).clamp(min=0)
+    mirrored, twin = rule.part(low, high, -0.8), rule.part(-high, -low, 0.8)
+    assert (mirrored.scale < 0).all()
+    there = mirrored.from_codes(mirrored.to_codes(weight))
+    assert torch.equal(there, -twin.from_codes(twin.to_codes(-weight)))
+
+
+def test_only_symmetric_grids_are_tried_with_negative_scales() -> None:
+    """An asymmetric grid can put its levels where it likes by its zero point."""
+    assert min(GridRule(4, signed=True).factors) < 0
+    assert min(GridRule(4, symmetric=False, signed=True).factors) > 0
+    assert min(GridRule(4).factors) > 0
+    assert min(GridRule(8, signed=True).factors) > 0  # the 257th level is worth nothing

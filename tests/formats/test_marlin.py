@@ -63,7 +63,7 @@ def test_tensors_are_those_of_the_plain_list_of_places(
     in_features: int, out_features: int, groups: int, device: torch.device
 ) -> None:
     codes = torch.randint(0, 16, (in_features, out_features))
-    scales = torch.rand(groups, out_features).half()
+    scales = torch.randn(groups, out_features).half()
     zeros = torch.full((out_features, groups), 8)
     g_idx = trivial_g_idx(in_features, in_features // groups)
     packed = pack_layer(codes.t(), scales.t(), zeros, g_idx, bits=4)

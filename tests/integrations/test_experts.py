@@ -118,6 +118,7 @@ def test_what_transformers_renames_gets_the_models_dtype_too(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("dense", ["layers.0.", ".experts.1."])
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"], indirect=True)
 def test_experts_that_stayed_dense_are_loaded_as_well(
     dense: str, model_type: str, tmp_path: Path
 ) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.utils
 import transformers
 from packaging.version import parse
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, GPTQConfig
+from transformers import AutoModel, AutoModelForCausalLM, CompileConfig, GPTQConfig
 from transformers.quantizers import auto
 
 from auto_gptq import AutoGPTQForCausalLM
@@ -132,13 +133,12 @@ def test_every_logit_is_that_of_the_dequantized_model(
 
 
 @pytest.mark.parametrize("name", [*MADE, *EDITED])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_save_pretrained_gives_the_same_bytes_under_the_same_names(
-    name: str, dtype: torch.dtype, checkpoint: Callable[[str], Path], tmp_path: Path
+    name: str, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """In bfloat16 too, whose 8 bits would round the scales."""
+    """In bfloat16, whose 8 bits would round the scales."""
     folder = checkpoint(name)
-    AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(tmp_path)
     before, after = tensors_of(folder), tensors_of(tmp_path)
     if name == "biases of zero":
         before = {n: t for n, t in before.items() if not n.endswith("bias")}
@@ -211,6 +211,20 @@ def test_generate_writes_what_the_dequantized_model_writes(
     assert torch.equal(model.generate(ids, cache_implementation=cache, **options), wanted)
 
 
+def test_generate_compiles_the_model_as_one_graph(checkpoint: Callable[[str], Path]) -> None:
+    """With a static cache on a GPU transformers compiles what says that it can be compiled."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"), dtype=torch.float32)
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    wanted = model.generate(IDS, **options)
+    how = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
+    how._compile_all_devices = True  # transformers' own tests compile on a CPU by this
+    torch._dynamo.utils.counters.clear()
+    found = model.generate(IDS, cache_implementation="static", compile_config=how, **options)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch.equal(found, wanted)
+
+
 def test_dequantize_leaves_a_plain_model_that_can_be_saved(
     checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -229,12 +243,13 @@ def test_the_device_map_auto_and_a_users_config_are_taken(
     checkpoint: Callable[[str], Path],
 ) -> None:
     folder = checkpoint("llama")
-    wanted = AutoModelForCausalLM.from_pretrained(folder)(IDS).logits
     model = AutoModelForCausalLM.from_pretrained(folder, device_map="auto")
-    assert torch.equal(model(IDS.to(model.device)).logits.cpu(), wanted)
+    ids = IDS.to(model.device)
+    wanted = AutoModelForCausalLM.from_pretrained(folder).to(model.device)(ids).logits
+    assert torch.equal(model(ids).logits, wanted)
     with pytest.warns(UserWarning, match="already has a `quantization_config`"):
         model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=GPTQConfig(bits=4))
-    assert torch.equal(model(IDS).logits, wanted)
+    assert torch.equal(model.to(ids.device)(ids).logits, wanted)
 
 
 TEXTS = ["The quick brown fox jumps over the lazy dog. " * 3, "What is measured is managed. " * 4]

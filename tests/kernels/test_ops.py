@@ -21,7 +21,7 @@ OPS = torch.ops.auto_gptq
 def _packed(bits: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     packed = pack_layer(
         torch.randint(0, 1 << bits, (N, K)),
-        torch.rand(N, K // GROUP) * 0.01,
+        torch.randn(N, K // GROUP) * 0.01,
         torch.randint(0, 1 << bits, (N, K // GROUP)),
         trivial_g_idx(K, GROUP),
         bits=bits,
@@ -93,18 +93,19 @@ def test_solve_columns_agrees_with_plain_torch(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("kind", ["sym", "asym", "signed"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_fit_grids_agrees_with_plain_torch(
-    bits: int, symmetric: bool, dtype: torch.dtype, device: torch.device
+    bits: int, kind: str, dtype: torch.dtype, device: torch.device
 ) -> None:
     native.load()
-    arguments = _groups(device, GridRule(bits, symmetric, dtype))
+    arguments = _groups(device, GridRule(bits, kind != "asym", dtype, signed=kind == "signed"))
     scales, zeros = OPS.fit_grids(*arguments)
     expected_scales, expected_zeros = reference.fit_grids(*arguments)
     same = torch.isclose(scales, expected_scales, rtol=1e-6) & (zeros == expected_zeros)
     assert (~same).sum() <= 2  # two factors of nearly equal error
     assert torch.equal(scales, scales.to(dtype).float())
+    assert bool((scales < 0).any()) == (kind == "signed" and bits < 8)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

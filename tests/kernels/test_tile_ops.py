@@ -34,7 +34,7 @@ def random_weight(
         g_idx = g_idx[torch.randperm(k)]
     qweight = torch.randint(-(2**31), 2**31, (k // 32 * bits, n)).to(torch.int32)
     qzeros = torch.randint(-(2**31), 2**31, (groups, n // 32 * bits)).to(torch.int32)
-    scales = (torch.rand(groups, n) * 0.02 + 0.001).to(dtype)
+    scales = (torch.randn(groups, n) * 0.02).to(dtype)
     packed = GPTQTensors(*(t.to(device) for t in (qweight, qzeros, scales, g_idx)))
     tiled = to_tiles(packed, bits, group_size, 1)
     if symmetric:

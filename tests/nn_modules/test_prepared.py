@@ -27,7 +27,7 @@ def make_layer(device: torch.device, *, act_order: bool = True, bits: int = 4) -
     for name in ("qweight", "qzeros"):
         shape = getattr(layer, name).shape
         setattr(layer, name, torch.randint(-(2**31), 2**31, shape).to(torch.int32))
-    layer.scales = torch.rand(layer.scales.shape).half() / 64
+    layer.scales = torch.randn(layer.scales.shape).half() / 64
     if act_order:
         layer.g_idx = layer.g_idx[torch.randperm(K)]
     return layer.to(device)

@@ -21,15 +21,20 @@ def _passes() -> list[str]:
     return [t.name for t in threading.enumerate() if t.name.startswith("auto_gptq-pass")]
 
 
+@pytest.mark.parametrize("correction", [0.0, 0.5], ids=["plain", "corrected"])
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "gptj", "phi", "opt", "gpt2"])
-def test_both_ways_give_the_same_codes(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_ways_give_the_same_codes(
+    model_type: str, correction: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_model(model_type)
     examples = tiny_examples(6, 40)
     examples[3] = {key: row[:25] for key, row in examples[3].items()}  # so that one batch is padded
     found = []
     for one_pass in (True, False):
         monkeypatch.setattr(pipeline, "fits_one_pass", lambda *_, fits=one_pass: fits)
-        config = BaseQuantizeConfig(bits=4, group_size=32, static_groups=True)
+        config = BaseQuantizeConfig(
+            bits=4, group_size=32, static_groups=True, correction=correction
+        )
         wrapper = BaseGPTQForCausalLM(copy.deepcopy(model), False, config)
         wrapper.quantize(examples, batch_size=2)
         found.append({n: m for n, m in wrapper.named_modules() if isinstance(m, QuantLinear)})

@@ -23,11 +23,16 @@ def _layer(rows: int = 24, columns: int = 160) -> tuple[torch.Tensor, torch.Tens
 
 
 SETTINGS = [
-    pytest.param(SolverOptions(GridRule(bits, sym), group, 0.01, order, static), id=name)
+    pytest.param(
+        SolverOptions(GridRule(bits, sym, signed="signed" in name), group, 0.01, order, static),
+        id=name,
+    )
     for name, bits, sym, group, order, static in [
         ("4bit_g32", 4, True, 32, False, False),
         ("4bit_g32_act", 4, True, 32, True, False),
         ("4bit_g64_act_static", 4, True, 64, True, True),
+        ("4bit_g64_act_static_signed", 4, True, 64, True, True),
+        ("3bit_g32_signed", 3, True, 32, False, False),
         ("4bit_one_group_act", 4, True, -1, True, False),
         ("4bit_g48_ragged", 4, True, 48, True, False),
         ("3bit_g32_asym", 3, False, 32, False, False),
@@ -83,6 +88,40 @@ def test_rows_are_solved_independently_so_layers_of_one_input_can_be_stacked(
     part = together.rows(8, 16)
     assert (part.codes != alone.codes).any(1).sum() <= 1
     assert torch.equal(part.g_idx, alone.g_idx)
+
+
+def test_negative_scales_lower_the_error() -> None:
+    weight, hessian = _layer(rows=64)
+    options = SolverOptions(GridRule(3), 32, 0.01, act_order=True, static_groups=True)
+    signed = dataclasses.replace(options, rule=GridRule(3, signed=True))
+    errors = [
+        squared_error(weight, solve(weight, hessian, o).dequantize(), hessian)
+        for o in (options, signed)
+    ]
+    assert errors[1] < 0.97 * errors[0]
+
+
+@pytest.mark.parametrize("act_order", [False, True], ids=["in order", "act-order"])
+def test_a_corrected_weight_gives_the_outputs_of_the_full_precision_model(act_order: bool) -> None:
+    """With 8 bits hardly anything is lost by rounding, so what is left is the correction's."""
+    weight = torch.randn(24, 160)
+    exact = torch.randn(900, 160) * torch.linspace(0.3, 2, 160)
+    x = exact + 0.3 * exact @ torch.randn(160, 160) / 160**0.5  # of the quantized model
+    hessian = Hessian(160, x.device)
+    hessian.add(x.view(9, 100, 160), None, exact.view(9, 100, 160))
+    options = SolverOptions(GridRule(8), 32, 1e-4, act_order=act_order, static_groups=True)
+    wanted = exact @ weight.t()
+
+    def missed(correction: float) -> float:
+        changed = dataclasses.replace(options, correction=correction)
+        found = solve(weight, hessian.mean(), changed, hessian.pull(weight)).dequantize()
+        return float((x @ found.t() - wanted).norm() / wanted.norm())
+
+    best = torch.linalg.lstsq(x, wanted).solution  # nothing linear can do better than that
+    bound = float((x @ best - wanted).norm() / wanted.norm())
+    assert missed(1.0) < max(1.1 * bound, 0.02)
+    assert missed(1.0) < 0.2 * missed(0.0)
+    assert missed(0.5) == pytest.approx(missed(0.0) / 2, rel=0.2)
 
 
 def test_static_groups_keep_g_idx_trivial_and_act_order_alone_does_not() -> None:
@@ -143,6 +182,9 @@ def test_nan_and_infinity_are_refused(bad: float) -> None:
     options = SolverOptions(GridRule(4), 32)
     with pytest.raises(NumericsError, match="inputs hold NaN or infinity"):
         solve(weight, hessian.index_fill(0, torch.tensor([5]), bad), options)
+    with pytest.raises(NumericsError, match="full-precision model's activations"):
+        corrected = dataclasses.replace(options, correction=0.5)
+        solve(weight, hessian, corrected, torch.full_like(weight, bad))
     weight[1, 2] = bad
     with pytest.raises(NumericsError, match="weight holds NaN or infinity"):
         solve(weight, hessian, options)

@@ -1,0 +1,89 @@
+"""Running beside the full-precision model."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from auto_gptq import BaseQuantizeConfig
+from auto_gptq.architectures import find
+from auto_gptq.calibration.capture import capture
+from auto_gptq.calibration.examples import make_batches
+from auto_gptq.modeling import BaseGPTQForCausalLM
+from auto_gptq.nn_modules.experts import unfuse
+from auto_gptq.nn_modules.surgery import dequantize, find_linears
+from auto_gptq.nn_modules.unfused import find_unfused
+from auto_gptq.pipeline.exact import Exact, find_writers
+from tests.tiny import tiny_examples, tiny_model
+from tests.zoo import tiny_of
+
+WRITERS = {
+    "llama": ["self_attn.o_proj", "mlp.down_proj"],
+    "opt": ["self_attn.out_proj", "fc2"],
+    "gptj": ["attn.out_proj", "mlp.fc_out"],  # side by side, both read the block's input
+    "gpt2": ["attn.c_proj", "mlp.c_proj"],
+    "gemma2": [],  # norms come in between
+}
+
+
+def first_block(model: Any) -> tuple[Any, Tensor, Any]:
+    blocks = model.get_submodule(find(model.config.model_type).blocks)
+    captured = capture(model, list(blocks), make_batches(tiny_examples(2, 32), 2))
+    return blocks[0], captured.hidden[0], captured.calls[0][0]
+
+
+@pytest.mark.parametrize("model_type", WRITERS)
+@torch.no_grad()
+def test_the_linears_that_write_to_the_residual_stream_are_found(model_type: str) -> None:
+    block, hidden, call = first_block(tiny_model(model_type, torch.float32))
+    assert find_writers(block, find_linears(block), hidden, call) == WRITERS[model_type]
+
+
+@torch.no_grad()
+def test_original_weights_come_back_for_a_while_only() -> None:
+    block, hidden, call = first_block(tiny_model(dtype=torch.float32))
+    linears = find_linears(block)
+    before = block(hidden, *call.args, **call.kwargs)
+    exact = Exact(block, linears, ["self_attn.o_proj", "mlp.down_proj"])
+    for linear in linears.values():
+        linear.weight.mul_(0.9)
+    after = block(hidden, *call.args, **call.kwargs)
+    assert not torch.equal(after, before)
+    seen: list[Tensor] = []
+    with exact.in_place(), exact.watched(seen.append):
+        assert torch.equal(block(hidden, *call.args, **call.kwargs), before)
+    assert torch.allclose(hidden + seen[0] + seen[1], before, atol=1e-5)
+    assert torch.equal(block(hidden, *call.args, **call.kwargs), after)
+    assert len(seen) == 2
+
+
+def test_experts_are_not_compared() -> None:
+    """What they read in one model are other tokens than in the other."""
+    model = tiny_of("mixtral")
+    unfuse(model)
+    block = model.model.layers[0]
+    experts = next(iter(find_unfused(block)))
+    exact, x = Exact(block, {}, []), torch.ones(8, 64)
+    assert exact.matching(f"{experts}.0.w1", x, x, 8) is None
+    assert exact.matching("self_attn.o_proj", x, x, 8) is x
+    assert exact.matching("self_attn.o_proj", x, x, 9) is None
+    assert exact.matching("self_attn.o_proj", x[:7], x, 8) is None
+
+
+@torch.no_grad()
+def test_corrected_models_are_nearer_to_the_full_precision_model() -> None:
+    model = tiny_model(dtype=torch.float32, num_hidden_layers=4, hidden_size=128)
+    rows = torch.randint(2, 256, (24, 64))
+    wanted = model(rows[16:]).logits
+    missed = []
+    for correction in (0.0, 0.75):
+        config = BaseQuantizeConfig(3, 32, static_groups=True, correction=correction)
+        wrapper = BaseGPTQForCausalLM(copy.deepcopy(model), False, config)
+        wrapper.quantize(rows[:16], batch_size=4)
+        dequantize(wrapper.model, torch.float32)
+        missed.append(float((wrapper.model(rows[16:]).logits - wanted).norm()))
+    assert missed[1] < 0.95 * missed[0]
