@@ -42,7 +42,7 @@ from auto_gptq.nn_modules.qlinear import QuantLinear
 assert ops  # importing it defines the operators
 
 N = K = 4096
-GROUP, COPIES = 128, 8
+GROUP, COPIES, REPEATS = 128, 8, 4
 SETTINGS = 4, GROUP, K, N
 
 
@@ -53,9 +53,11 @@ def compete(rivals: dict[str, Callable[[], Any]], rounds: int) -> dict[str, tupl
         rivals[name]()
     for _ in range(rounds):
         for name, run in rivals.items():
+            run()  # takes back the cache from the rival before
             started = time.perf_counter()
-            run()
-            times[name].append((time.perf_counter() - started) * 1e3)
+            for _ in range(REPEATS):
+                run()
+            times[name].append((time.perf_counter() - started) * 1e3 / REPEATS)
     return {name: (min(each), statistics.median(each)) for name, each in times.items()}
 
 
@@ -125,7 +127,7 @@ def products(options: argparse.Namespace) -> None:
     rows = []
     for threads in (1,) if options.avx2 else (1, 2):
         torch.set_num_threads(threads)
-        for m in (1, 4, 16, 128):
+        for m in options.rows:
             found = compete(rivals_of(m, options.avx2), max(options.rounds // m, 5))
             for name, (least, median) in found.items():
                 rows.append(
@@ -134,7 +136,8 @@ def products(options: argparse.Namespace) -> None:
             print(table(rows[-len(found) :]), flush=True)
     name = "cpu-products-avx2" if options.avx2 else "cpu-products"
     capability = torch.backends.cpu.get_cpu_capability()
-    print(save(name, {"capability of torch": capability, "rows": rows}, options.results))
+    content = {"capability of torch": capability, "load": os.getloadavg(), "rows": rows}
+    print(save(name, content, options.results))
 
 
 def model(options: argparse.Namespace) -> None:
@@ -184,7 +187,13 @@ def model(options: argparse.Namespace) -> None:
         print(rows[-1], flush=True)
     print(table(rows))
     name = f"cpu-model-{options.threads}-threads"
-    print(save(name, {"model": "SmolLM2-135M-Instruct", "rows": rows}, options.results))
+    print(
+        save(
+            name,
+            {"model": "SmolLM2-135M-Instruct", "load": os.getloadavg(), "rows": rows},
+            options.results,
+        )
+    )
 
 
 def main() -> None:
@@ -195,6 +204,7 @@ def main() -> None:
     arguments.add_argument("--avx2", action="store_true")
     arguments.add_argument("--folder", type=Path, default=Path(".demo"))
     arguments.add_argument("--rounds", type=int, default=60)
+    arguments.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 128], help="of x")
     arguments.add_argument("--threads", type=int, default=2)
     arguments.add_argument("--tokens", type=int, default=32)
     arguments.add_argument("--evaluation", type=int, default=8, help="rows of 512 tokens")

@@ -18,9 +18,9 @@ struct Activations {
   auto_gptq::Rounded rounded;
 };
 
-Activations round_rows(const auto_gptq::Tiled& weight, const Tensor& x, bool to_bytes) {
+Activations round_rows(const auto_gptq::Tiled& weight, const Tensor& x, int64_t m, bool to_bytes) {
   const auto isa = auto_gptq_cpu_best_isa();
-  const int64_t m = x.size(0), tiles = padded(weight.k) / kTile;
+  const int64_t tiles = padded(weight.k) / kTile;
   const int32_t few = m <= kFewRows && isa != auto_gptq::kPortable;
   const int32_t terms = to_bytes && !few ? 1 : 2;
   const int64_t bytes = terms * auto_gptq_cpu_bytes_of_x(weight.bits, few);
@@ -173,7 +173,7 @@ Tensor multiply(const Tensor& x,
   if (weight.tiled.run < kTile / 2) {
     return multiply_dense(x, weight, bias);
   }
-  const Tensor rows = torch::stable::reshape(as_float(x), {m, k});
+  const Tensor rows = as_float(x);
   Tensor y = torch::stable::new_empty(rows, shape);
   auto* out = static_cast<float*>(y.mutable_data_ptr());
   const float* add = nullptr;
@@ -186,7 +186,7 @@ Tensor multiply(const Tensor& x,
     addend = as_float(*bias);
     add = static_cast<const float*>(addend->const_data_ptr());
   }
-  const Activations made = round_rows(weight.tiled, rows, to_bytes);
+  const Activations made = round_rows(weight.tiled, rows, m, to_bytes);
   const auto isa = auto_gptq_cpu_best_isa();
   for_outputs(n, 16, k * std::max<int64_t>(m, 1), [&](int64_t begin, int64_t end) {
     for (int64_t row = 0; row < m; ++row) {
