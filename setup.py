@@ -27,7 +27,7 @@ SOURCES = sorted(map(str, [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("
 CUDA_SOURCES = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in (".h", ".cuh"))
 # Real code for what data centres and desks have, and PTX for what comes.  AUTO_GPTQ_CUDA_TARGETS=90
-# builds for one of them, in a fifth of the time.
+# builds for one of them, in a fifth of the time; AUTO_GPTQ_CUDA_TARGETS= leaves CUDA out.
 CUDA_TARGETS = os.environ.get("AUTO_GPTQ_CUDA_TARGETS", "75 80 86 89 90").split()
 
 # Files that use what only some chips have; code for 8.0 also runs on 8.6 and 8.9.
@@ -104,7 +104,7 @@ class BuildNative(build_ext):
 
     def build_extension(self, extension: Extension) -> None:
         nvcc = shutil.which("nvcc")
-        if nvcc is not None:
+        if nvcc is not None and CUDA_TARGETS:
             self.add_cuda(extension, Path(nvcc))
         super().build_extension(extension)
 

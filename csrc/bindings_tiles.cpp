@@ -1,7 +1,6 @@
 // torch.ops.auto_gptq.repack_tiles, dequantize_tiles and q_matmul on NVIDIA GPUs.
 #include "bindings_tiles.h"
 
-#include <array>
 #include <vector>
 
 #include "bindings_cuda.h"
@@ -64,15 +63,6 @@ Tensor dequantize_tiles(const Tensor& tiles,
   check_floating("dtype", dtype);
   const TiledWeight weight = check_tiled(tiles, scales, zeros, perm, bits, group_size, k, n);
   return dequantize_rows(weight, 0, n, dtype);
-}
-
-Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x),
-                                    torch::stable::detail::from(weight),
-                                    torch::stable::detail::from(bias)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 // Bytes of dense weight that exist at once where there are many rows of x: they stay in the L2 cache

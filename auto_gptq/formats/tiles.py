@@ -284,6 +284,13 @@ _PLANES = {
 }
 
 
+def place_order(run: int, in_features: int) -> Tensor:
+    """Give the places of all tiles' inputs, padding included, one step of a tile after another."""
+    tiles = -(-in_features // SIDE)
+    order = torch.tensor(_order_of(run))
+    return (torch.arange(tiles)[:, None] * SIDE + order).flatten()
+
+
 @functools.cache
 def _order_of(run: int) -> tuple[int, ...]:
     steps = run // 16  # of a run
