@@ -12,12 +12,13 @@ import transformers
 from packaging.version import parse
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, GPTQConfig
 
 from auto_gptq.nn_modules.experts import unfuse
 from auto_gptq.nn_modules.qlinear import QuantLinear
 from auto_gptq.nn_modules.surgery import dequantize, empty_quant_linear, find_linears, replace
 from tests.integrations.checkpoints import IDS, tensors_of
+from tests.tiny_tokenizer import tiny_tokenizer
 from tests.zoo import tiny_config
 
 V5 = parse(transformers.__version__) >= parse("5")
@@ -129,3 +130,26 @@ def test_experts_that_stayed_dense_are_loaded_as_well(
     dequantize(model, torch.float32)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
     assert torch.allclose(loaded(IDS).logits, model(IDS).logits, atol=1e-5)
+
+
+@pytest.mark.skipif(not V5, reason="transformers 4 has no fused experts, which are what is new")
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+def test_experts_are_quantized_while_loading_and_saved_one_by_one(
+    model_type: str, tmp_path: Path
+) -> None:
+    full = tiny_moe(model_type)
+    full.save_pretrained(tmp_path / "full")
+    texts = ["What is measured is managed. " * 4] * 3
+    config = GPTQConfig(bits=4, group_size=32, dataset=texts, tokenizer=tiny_tokenizer())
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "full", dtype=torch.float32, quantization_config=config
+    )
+    logits = model(IDS).logits
+    assert 0 < (logits - full(IDS).logits).norm() / logits.norm() < 0.4
+    model.save_pretrained(tmp_path / "packed")
+    names = tensors_of(tmp_path / "packed")
+    down = "block_sparse_moe.experts.3.w2" if model_type == "mixtral" else "experts.3.down_proj"
+    assert any(name.endswith(f"{down}.qweight") for name in names)
+    assert not any("gate_up_proj" in name for name in names)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
+    assert torch.equal(back(IDS).logits, logits)

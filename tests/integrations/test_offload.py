@@ -15,6 +15,9 @@ from auto_gptq.nn_modules.qlinear import QuantLinear
 from tests.integrations.checkpoints import IDS, edited, make
 from tests.integrations.test_transformers import V5, _without_g_idx
 
+# Offloaded layers run on other kernels, whose sums are rounded to float16's 11 bits elsewhere.
+CLOSE = 2**-8
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -54,7 +57,7 @@ def test_disk_offload_holds_half_the_packed_weights_and_computes_the_same(
         offload_buffers=True,
     )
     for _ in range(2):  # once more, with what the first call left behind
-        assert torch.equal(model(IDS.to(device)).logits, wanted)
+        assert (model(IDS.to(device)).logits - wanted).abs().max() <= CLOSE * wanted.abs().max()
         assert _resident(model) <= 0.55 * _resident(whole)
     options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     ids = IDS.to(device)
@@ -68,7 +71,8 @@ def test_cpu_offload_frees_the_device(checkpoint: Path, device: torch.device) ->
     whole = _load(checkpoint, device_map={"": str(device)})
     model = _load(checkpoint, device_map=_map(device, "cpu"), offload_buffers=True)
     ids = IDS.to(device)
-    assert torch.equal(model(ids).logits, whole(ids).logits)
+    wanted = whole(ids).logits
+    assert (model(ids).logits - wanted).abs().max() <= CLOSE * wanted.abs().max()
     assert _resident(model) <= 0.55 * _resident(whole)
 
 
