@@ -86,4 +86,4 @@ def test_corrected_models_are_nearer_to_the_full_precision_model() -> None:
         wrapper.quantize(rows[:16], batch_size=4)
         dequantize(wrapper.model, torch.float32)
         missed.append(float((wrapper.model(rows[16:]).logits - wanted).norm()))
-    assert missed[1] < 0.9 * missed[0]
+    assert missed[1] < 0.95 * missed[0]
