@@ -182,17 +182,13 @@ class BaseGPTQForCausalLM(FormerMethods):
     ) -> None:
         """Quantize the model in place, calibrating on examples.
 
-        ``use_triton``, ``use_cuda_fp16`` and ``autotune_warmup_after_quantized`` chose among
-        AutoGPTQ's kernels and mean nothing here.
+        The options with ``triton``, ``fp16`` and ``autotune`` chose among AutoGPTQ's kernels.
 
-        :param examples: dicts with ``input_ids`` and ``attention_mask``, or ids alone; padding
-            does not count
-        :param tokenizer: given that, examples may be texts or chats, a dataset of them, or "python"
-            or "ultrachat", texts that are good for a start
+        :param examples: dicts with ``input_ids``, ``attention_mask``; or ids; padding is ignored
+        :param tokenizer: for examples that are texts, chats or the name of a text ("python")
         :param batch_size: examples that run through a block at a time
         :param show_progress: draw a bar; None for only on a terminal
-        :param work_dir: folder that keeps every finished block; called again as before after a
-            crash, quantize() goes on from there and ends with the same integers
+        :param work_dir: folder that keeps finished blocks; after a crash, call this again as before
         :raises QuantizedStateError: (an EnvironmentError) if the model is quantized already
         :raises ExamplesError: (a ValueError) if examples are empty or of the wrong form
         :raises ModuleShapeError: (a ValueError) if a linear cannot be packed; nothing is changed
