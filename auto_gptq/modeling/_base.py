@@ -163,10 +163,6 @@ class BaseGPTQForCausalLM(FormerMethods):
                 "The model's weights are on disk. Save it, and load it with from_quantized()."
             )
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the wrapped model's method of that name."""
-        return self.model.prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[operator]
-
     def quantize(
         self,
         examples: Any,

@@ -34,6 +34,10 @@ class FormerMethods(nn.Module):
         """Take ``trainable`` back."""
         self.enable_trainable_mode(enabled=False)
 
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the wrapped model's method of that name."""
+        return self.model.prepare_inputs_for_generation(*args, **kwargs)
+
     def save_pretrained(
         self,
         save_dir: str | Path,
