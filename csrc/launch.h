@@ -172,6 +172,25 @@ AUTO_GPTQ_API void auto_gptq_cpu_multiply_tiles(const auto_gptq::Tiled* weight,
                                                 int64_t n_end,
                                                 auto_gptq::Isa isa);
 
+// Lay packed codes out in tiles, and back; n_begin and n_end are multiples of 64 (n_end may be N).
+AUTO_GPTQ_API void auto_gptq_cpu_repack_tiles(
+    const int32_t* qweight,          // [K / 32 * bits, N]
+    const auto_gptq::Tiled* weight,  // only its sizes and perm are read
+    uint32_t* tiles,                 // out [N' / 64, K' / 64, 128 * bits]
+    int64_t n_begin,
+    int64_t n_end);
+AUTO_GPTQ_API void auto_gptq_cpu_unrepack_tiles(const auto_gptq::Tiled* weight,
+                                                int32_t* qweight,  // out [K / 32 * bits, N]
+                                                int64_t n_begin,
+                                                int64_t n_end);
+
+// Write rows [n_begin, n_end) of the dense weight; both are multiples of 16.
+AUTO_GPTQ_API void auto_gptq_cpu_dequantize_tiles(
+    const auto_gptq::Tiled* weight,  // columns stay sorted by group where perm is null
+    float* dense,                    // out [n_end - n_begin, K]
+    int64_t n_begin,
+    int64_t n_end);
+
 // Fit every group for the outputs [n_begin, n_end).
 AUTO_GPTQ_API void auto_gptq_cpu_fit_grids(const auto_gptq::Fit* fit,
                                            int64_t n_begin,

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from tests.tiny import tiny_examples
 
 VOCABULARY = 256
 # What a setting becomes, by its name; the first pattern that matches whole decides.
@@ -54,14 +58,19 @@ def tiny_config(model_type: str, **extra: Any) -> Any:
     from transformers import AutoConfig
 
     overrides = _shrunk(AutoConfig.for_model(model_type).to_dict())
-    return AutoConfig.for_model(model_type, **overrides | _BY_TYPE.get(model_type, {}) | extra)
+    for name, value in _BY_TYPE.get(model_type, {}).items():
+        if isinstance(value, dict) and isinstance(overrides.get(name), dict):
+            overrides[name] |= value
+        else:
+            overrides[name] = value
+    return AutoConfig.for_model(model_type, **overrides | extra)
 
 
-def tiny_of(model_type: str, dtype: torch.dtype = torch.float32) -> Any:
+def tiny_of(model_type: str, dtype: torch.dtype = torch.float32, **extra: Any) -> Any:
     """Build a random model of any type that can be a causal language model."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_config(tiny_config(model_type), dtype=dtype).eval()
+    return AutoModelForCausalLM.from_config(tiny_config(model_type, **extra), dtype=dtype).eval()
 
 
 def _shrunk(settings: dict[str, Any]) -> dict[str, Any]:
@@ -92,11 +101,117 @@ def _shrunk(settings: dict[str, Any]) -> dict[str, Any]:
             changed[name] = VOCABULARY - 1
         elif isinstance(value, list) and layers and len(value) == layers and name != "layer_types":
             changed[name] = value[:2]
-    for name, value in settings.items():
-        if name.endswith("token_id") and isinstance(value, int) and value >= VOCABULARY:
-            changed[name] = VOCABULARY - 1
+    kinds = list(dict.fromkeys(settings.get("layer_types") or ()))
+    if len(kinds) > 1 and "num_hidden_layers" in changed:  # one block of each kind
+        changed |= {"layer_types": kinds, "num_hidden_layers": len(kinds)}
     return changed
 
 
 # What the rules above cannot know.
-_BY_TYPE: dict[str, dict[str, Any]] = {}
+_MLA = {"num_key_value_heads": 4}
+_QWEN4 = {"indexer_budget": 32, "indexer_compress_ratio": 8, "indexer_n_heads": 2} | {
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+}
+_BY_TYPE: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(
+        (
+            "axk1",
+            "axk2",
+            "deepseek_v3",
+            "deepseek_v32",
+            "glm4_moe_lite",
+            "glm_moe_dsa",
+            "minicpm3",
+            "youtu",
+        ),
+        _MLA,
+    ),
+    "bailing_hybrid": _MLA,
+    "kimi_linear": _MLA,
+    "deepseek_v2": _MLA | {"n_routed_experts": 4, "num_experts_per_tok": 2},
+    "nemotron_h": {"n_groups": 2, "mamba_num_heads": 4, "mamba_head_dim": 32},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": None,
+        },
+    },
+    "qwen4_exp_text": _QWEN4,
+    "qwen4_exp": {"text_config": _QWEN4},
+    "dbrx": {
+        "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8},
+        "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "rwkv": {"rescale_every": 0},  # otherwise it divides its weights, which packed ones refuse
+    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 4},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "ministral": {"head_dim": 16},
+    "nemotron": {"num_key_value_heads": 2},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma4_unified_assistant": {"num_kv_shared_layers": 0},
+    "longcat_flash": _MLA | {"qk_head_dim": 32},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "xmod": {"default_language": "en_XX"},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+}
+
+
+@dataclass(frozen=True)
+class Trip:
+    """What came of quantizing, saving and loading a tiny model of one type."""
+
+    quantized: int  # linears packed
+    dense: tuple[str, ...]  # names of linears of the blocks that stayed dense
+    blocks: str
+    experts: int  # linears of parted experts among the packed
+    # Of logits, between the model loaded in one of two ways and the dequantized twin, as a share of
+    # the largest logit; a text why it could not be loaded so.
+    by_us: float
+    by_transformers: float | str | None
+
+
+@torch.no_grad()
+def round_trip(model_type: str, folder: Path, *, by_transformers: bool = False) -> Trip:
+    """Quantize a tiny model, save it, load it, and compare it with its dequantized twin."""
+    from auto_gptq import AutoGPTQForCausalLM, BaseQuantizeConfig
+    from auto_gptq.modeling import BaseGPTQForCausalLM
+    from auto_gptq.nn_modules.experts import expert_groups
+    from auto_gptq.nn_modules.qlinear import QuantLinear
+    from auto_gptq.nn_modules.surgery import dequantize, find_linears
+    from auto_gptq.pipeline.discover import find_blocks
+
+    torch.manual_seed(0)
+    settings = BaseQuantizeConfig(bits=4, group_size=32, desc_act=False)
+    wrapper = BaseGPTQForCausalLM(tiny_of(model_type), False, settings)
+    blocks = find_blocks(wrapper.model)[0]
+    wrapper.quantize(tiny_examples(4, 24), batch_size=2, show_progress=False)
+    wrapper.save_quantized(folder)
+    loaded = AutoGPTQForCausalLM.from_quantized(folder, device="cpu").model
+    made = {n for n, m in wrapper.model.named_modules() if isinstance(m, QuantLinear)}
+    assert {n for n, m in loaded.named_modules() if isinstance(m, QuantLinear)} == made
+    in_experts = {n for group in expert_groups(loaded).values() for n in group}
+    dense = tuple(n for n in find_linears(loaded) if n.startswith(f"{blocks}."))
+    ids = torch.arange(3, 3 + 24)[None]
+    dequantize(wrapper.model, torch.float32)
+    wanted = wrapper.model(input_ids=ids, use_cache=False).logits
+
+    def difference(model: Any) -> float:
+        found = model(input_ids=ids, use_cache=False).logits
+        return float((found - wanted).abs().max() / wanted.abs().max())
+
+    theirs: float | str | None = None
+    if by_transformers:
+        from transformers import AutoModelForCausalLM
+
+        try:
+            theirs = difference(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            theirs = f"{type(error).__name__}: {error}".split("\n", 1)[0]
+    in_experts &= made
+    return Trip(len(made), dense, blocks, len(in_experts), difference(loaded), theirs)

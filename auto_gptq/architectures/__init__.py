@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .architecture import Architecture
-from .find import find
+from .architecture import Architecture, matching
+from .find import find, knows
 from .table import ARCHITECTURES
 
-__all__ = ["ARCHITECTURES", "Architecture", "find"]
+__all__ = ["ARCHITECTURES", "Architecture", "find", "knows", "matching"]

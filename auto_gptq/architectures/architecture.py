@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,8 @@ class Architecture:
     :param blocks: dotted name of the list of decoder blocks
     :param around: dotted names of what runs before and after the blocks
     :param steps: names of the linears solved together, relative to a block, one string per step,
-        in the order in which they run; a name that a block lacks is passed over
+        in the order in which they run; ``*`` stands for the numbers of experts; a name that a block
+        lacks is passed over
     :param head: dotted name of the output layer, which stays dense
     """
 
@@ -35,6 +37,18 @@ class Architecture:
     def linear_names(self) -> list[str]:
         """Give the names of all linears that are quantized, relative to a block."""
         return [name for step in self.step_names() for name in step]
+
+    def steps_of(self, linears: Collection[str], true_sequential: bool = True) -> list[list[str]]:
+        """Give the steps of a block that has the linears of these names, ``*`` written out."""
+        steps: list[list[str]] = []
+        seen: set[str] = set()
+        for step in self.step_names(true_sequential):
+            found = dict.fromkeys(name for part in step for name in matching(part, linears))
+            names = [name for name in found if name not in seen]
+            seen.update(names)
+            if names:
+                steps.append(names)
+        return steps
 
     def as_class_attributes(self, model_type: str) -> dict[str, Any]:
         """Give the attributes by which AutoGPTQ's classes say the same for one model type."""
@@ -66,3 +80,11 @@ class Architecture:
             steps=tuple(" ".join(step) for step in steps),
             head=getattr(owner, "lm_head_name", None) or "lm_head",
         )
+
+
+def matching(pattern: str, names: Collection[str]) -> Sequence[str]:
+    """Give the names that a name with ``*`` for numbers stands for, in their order."""
+    if "*" not in pattern:
+        return [pattern] if pattern in names else []
+    expression = re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
+    return [name for name in names if expression.fullmatch(name)]

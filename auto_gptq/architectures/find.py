@@ -14,6 +14,14 @@ def model_types() -> list[str]:
     return list(_BY_MODEL_TYPE)
 
 
+def knows(architecture: Architecture) -> bool:
+    """Tell whether a row says the same as one of the table."""
+    return any(
+        row.blocks == architecture.blocks and row.steps == architecture.steps
+        for row in ARCHITECTURES
+    )
+
+
 def find(model_type: str) -> Architecture:
     """Give the row of a model type.
 

@@ -10,8 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import NumericsError
-from .examples import Batch
+from .activations import Activations
+from .examples import Batch, model_inputs
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Stands, in a block's call, for what the block before it puts out beside hidden states."""
+
+    index: int  # in that block's outputs
 
 
 @dataclass
@@ -20,6 +27,15 @@ class BlockCall:
 
     args: tuple[Any, ...]  # after the hidden states
     kwargs: dict[str, Any]
+    outputs: tuple[Any, ...] = ()  # of the block once it has run, None for the hidden states
+
+    def carry_on(self, before: BlockCall) -> None:
+        """Put in what the block before has put out."""
+        args = [*self.args, *self.kwargs.values()]
+        if any(isinstance(value, Carried) for value in args):
+            values = [before.outputs[x.index] if isinstance(x, Carried) else x for x in args]
+            self.args = tuple(values[: len(self.args)])
+            self.kwargs = dict(zip(self.kwargs, values[len(self.args) :], strict=True))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> BlockCall:
         """Move all tensors, and give floating ones the dtype of the block."""
@@ -30,38 +46,58 @@ class BlockCall:
 class Captured:
     """The hidden states that enter block 0, and every block's call, per batch."""
 
-    hidden: list[Tensor]  # per batch: [B, T, hidden size]
+    hidden: Activations  # per batch: [B, T, hidden size]
     calls: list[list[BlockCall]]  # per block, per batch
     keep: list[Tensor | None]  # per batch: [B, T] bool, False where padded; None if nowhere
-    returns_tuple: bool = False  # whether a block gives (hidden, ...) instead of hidden
+    outputs: int = 0  # how many values a block gives in a tuple; 0 for hidden states alone
 
 
 class _Reached(Exception):
     """Ends a forward pass after what is wanted was noted."""
 
 
-def capture(model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Batch]) -> Captured:
+def capture(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    batches: Sequence[Batch],
+    hidden: Activations | None = None,
+) -> Captured:
     """Run everything before the blocks; the blocks themselves hand their input through.
 
     Each block's own arguments are kept, because a model may give its blocks different ones (masks
     of sliding and full attention, say).  Only the very first batch runs through block 0 for real,
     to see whether blocks return a tensor or a tuple.
 
+    :param hidden: where hidden states go, as long as it is empty; None for where they arise
     :raises NumericsError: if the hidden states hold NaN or infinity
     """
-    device = next(model.parameters()).device
-    result = Captured([], [[] for _ in blocks], [])
+    first = next(model.parameters())
+    device = first.device if hidden is None else hidden.device
+    if hidden is None:
+        hidden = Activations(device, first.dtype, 0, home="device")
+    result = Captured(hidden, [[] for _ in blocks], [])
     with _recording(blocks, result):
         for batch in batches:
             mask = batch.attention_mask.to(device)
             with suppress(_Reached):
-                model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False)
-            result.keep.append(None if bool(mask.all()) else mask.bool())
-            if not torch.isfinite(result.hidden[-1]).all():
-                raise NumericsError(
-                    f"The hidden states before the first block hold NaN or infinity "
-                    f"(batch {len(result.hidden) - 1}). Are the model's weights intact?"
-                )
+                model(**model_inputs(model, batch, device))
+            result.keep.append(None if bool(batch.attention_mask.all()) else mask.bool())
+    result.hidden.check_finite("The hidden states before the first block")
+    return result
+
+
+def trace(model: nn.Module, blocks: Sequence[nn.Module], tokens: int) -> Captured:
+    """Do the same with one row of tokens, without looking at values: meta tensors will do."""
+    first = next(model.parameters())
+    ids = torch.arange(tokens, device=first.device)[None]
+    hidden = Activations(first.device, first.dtype, 0, home="device")
+    result = Captured(hidden, [[] for _ in blocks], [None])
+    inputs = model_inputs(model, Batch(ids, torch.ones_like(ids)), first.device)
+    if first.is_meta and "attention_mask" in inputs:
+        # Of another one transformers would look at the values.
+        inputs["attention_mask"] = first.new_zeros(1, 1, tokens, tokens)
+    with _recording(blocks, result), suppress(_Reached):
+        model(**inputs)
     return result
 
 
@@ -76,7 +112,7 @@ def capture_head(
 
     The model itself runs what lies between: usually a norm, sometimes a projection.
     """
-    device = captured.hidden[0].device
+    device = captured.hidden.device
 
     def note(_head: nn.Module, args: tuple[Tensor, ...]) -> None:
         captured.hidden[index] = args[0]
@@ -84,8 +120,7 @@ def capture_head(
 
     def stand_in(_index: int, _forward: Any) -> Any:
         def put_out(*_args: Any, **_kwargs: Any) -> Any:
-            hidden = captured.hidden[index]
-            return (hidden,) if captured.returns_tuple else hidden
+            return _put_out(captured.hidden[index], captured.outputs)
 
         return put_out
 
@@ -95,11 +130,7 @@ def capture_head(
             for index in range(len(batches)):
                 batch = batches[index]
                 with suppress(_Reached):
-                    model(
-                        input_ids=batch.input_ids.to(device),
-                        attention_mask=batch.attention_mask.to(device),
-                        use_cache=False,
-                    )
+                    model(**model_inputs(model, batch, device))
     finally:
         handle.remove()
 
@@ -107,7 +138,7 @@ def capture_head(
 @contextmanager
 def _recording(blocks: Sequence[nn.Module], result: Captured) -> Iterator[None]:
     """Replace the forward of each block, on the instance, by one that notes and passes through."""
-    returns_tuple: list[bool] = []
+    outputs: list[int] = []
 
     def recorder(index: int, forward: Any) -> Any:
         def note(*args: Any, **kwargs: Any) -> Any:
@@ -115,17 +146,23 @@ def _recording(blocks: Sequence[nn.Module], result: Captured) -> Iterator[None]:
             if index == 0:
                 result.hidden.append(hidden)
             result.calls[index].append(call)
-            if not returns_tuple:
-                returns_tuple.append(isinstance(forward(*args, **kwargs), tuple))
-                result.returns_tuple = returns_tuple[0]
+            if not outputs:
+                real = forward(*args, **kwargs)
+                outputs.append(len(real) if isinstance(real, (tuple, list)) else 0)
+                result.outputs = outputs[0]
             if index == len(blocks) - 1:
                 raise _Reached
-            return (hidden,) if returns_tuple[0] else hidden
+            return _put_out(hidden, outputs[0])
 
         return note
 
     with _forwards_replaced(blocks, recorder):
         yield
+
+
+def _put_out(hidden: Tensor, outputs: int) -> Any:
+    """Give hidden states as a block does."""
+    return (hidden, *map(Carried, range(1, outputs))) if outputs else hidden
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +18,9 @@ from .forms import HOW, as_encodings
 logger = logging.getLogger(__name__)
 
 _REQUIRED = ("input_ids", "attention_mask")
+# What processors of models that see or hear return, and what counts only beside that.
+_OTHER_SENSES = re.compile(r".*(pixel|image|video|audio|vision|input_features|feature_).*")
+_BESIDE_THEM = ("token_type_ids", "mm_token_type_ids", "position_ids")
 # Below this, Hessians of common widths (some thousand inputs) do not even have full rank.
 _FEW_TOKENS = 4096
 
@@ -26,6 +31,8 @@ class Batch:
 
     input_ids: Tensor  # [B, T] int64
     attention_mask: Tensor  # [B, T] int64, 0 where padded
+    # What else the model takes: images, sound, ..., as a processor returns it, of one example.
+    others: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -65,10 +72,34 @@ def make_batches(
             len(pairs),
             tokens,
         )
-    return [
-        _padded(pairs[start : start + batch_size], pad_token_id)
-        for start in range(0, len(pairs), batch_size)
-    ]
+    batches: list[Batch] = []
+    waiting: list[tuple[Tensor, Tensor]] = []
+    for pair, example in zip(pairs, encodings, strict=True):
+        others = {k: v for k, v in example.items() if _OTHER_SENSES.fullmatch(str(k))}
+        if others:
+            others |= {key: example[key] for key in _BESIDE_THEM if key in example}
+        if others or len(waiting) == batch_size:
+            batches += [_padded(waiting, pad_token_id)] if waiting else []
+            waiting = []
+        if others:  # images of several examples cannot be joined in general
+            batches.append(Batch(*pair, others))
+        else:
+            waiting.append(pair)
+    return batches + ([_padded(waiting, pad_token_id)] if waiting else [])
+
+
+def model_inputs(model: Any, batch: Batch, device: torch.device) -> dict[str, Any]:
+    """Give the keyword arguments to call a model with, of those that it takes."""
+    inputs = {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "use_cache": False,
+        **batch.others,
+    }
+    taken = inspect.signature(model.forward).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+        inputs = {key: value for key, value in inputs.items() if key in taken}
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
 
 def _cut(pairs: list[tuple[Tensor, Tensor]], length: int) -> list[tuple[Tensor, Tensor]]:
@@ -109,6 +140,7 @@ def merge_batches(batches: Sequence[Batch], tokens: int) -> list[Batch]:
             and last.input_ids.numel() + batch.input_ids.numel() <= tokens
             and last.attention_mask.all()
             and batch.attention_mask.all()
+            and not (last.others or batch.others)
         ):
             merged[-1] = Batch(
                 torch.cat([last.input_ids, batch.input_ids]),

@@ -39,9 +39,14 @@ def fill(
     *,
     torch_dtype: torch.dtype,
     contiguous: Container[str],
+    stored: Mapping[str, str] | None = None,
+    values: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Load every tensor of a checkpoint into a model that has its QuantLinears in place.
 
+    :param headers: by the names that tensors have in the model
+    :param stored: these names → those in the files, where they differ
+    :param values: tensors of the headers that were read already
     :param layouts: per name of a QuantLinear the layout of its tensors on disk
     :param torch_dtype: what dense weights become
     :param contiguous: names of QuantLinears with contiguous groups, whose ``g_idx``, which some
@@ -53,8 +58,20 @@ def fill(
     for name, layout in layouts.items():
         slots |= _packed_slots(name, model.get_submodule(name), layout, name in contiguous)
     _check(model, slots, headers)
-    for name, tensor in read_tensors(weights, slots.keys()):
-        slots[name].take(tensor)
+    tied = tied_names(model)
+
+    def take(name: str, tensor: Tensor) -> None:
+        # One name of a tied parameter may be all there is, and not that which others are tied to.
+        for each in {name} | (tied.get(name, set()) - headers.keys()):
+            slots[each].take(tensor)
+
+    values = values or {}
+    for name in values.keys() & slots.keys():
+        take(name, values[name])
+    wanted = {(stored or {}).get(name, name): name for name in headers if name not in values}
+    wanted = {there: name for there, name in wanted.items() if name in slots}
+    for there, tensor in read_tensors(weights, wanted):
+        take(wanted[there], tensor)
     for name in layouts:
         layer = model.get_submodule(name)
         assert isinstance(layer, QuantLinear)
@@ -157,7 +174,7 @@ def _take_dense(owner: nn.Module, leaf: str, torch_dtype: torch.dtype, tensor: T
 
 def _check(model: nn.Module, slots: dict[str, _Slot], headers: Mapping[str, Header]) -> None:
     """Compare the checkpoint's tensors with the model's before any is loaded."""
-    tied = _tied_names(model)
+    tied = tied_names(model)
     missing = sorted(
         name
         for name, slot in slots.items()
@@ -201,7 +218,7 @@ def _check_header(name: str, slot: _Slot, header: Header) -> None:
         )
 
 
-def _tied_names(model: nn.Module) -> dict[str, set[str]]:
+def tied_names(model: nn.Module) -> dict[str, set[str]]:
     """Give, for each parameter's name, all names of the same parameter."""
     names: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

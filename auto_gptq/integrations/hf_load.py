@@ -79,7 +79,7 @@ def insert(
     contiguous = {name for name in layouts if (settings.settings_for(name) or settings).contiguous}
     check_packed(layers, weights, headers, layouts, contiguous=contiguous)
     replace(model, [(names[stored], layer) for stored, layer in layers.items()])
-    _mark_initialized(model, names.values())
+    _mark_initialized(model, names.values(), headers)
     replaced = before - set(model.state_dict())
     return Skeleton(layers, names, weights, headers, dtypes, replaced)
 
@@ -274,15 +274,20 @@ def _empty(
     return layer
 
 
-def _mark_initialized(model: nn.Module, layers: Iterable[str]) -> None:
+def _mark_initialized(
+    model: nn.Module, layers: Iterable[str], headers: Mapping[str, Header]
+) -> None:
     """Keep transformers from initializing weights that are derived.
 
-    A GPT-2 MLP is asked for the weight of a linear inside it, so owners are marked as well.
+    A GPT-2 MLP or a Mamba mixer changes the weight of a linear inside it, so owners are marked as
+    well, unless they have parameters that the checkpoint lacks.
     """
     for name in layers:
-        owner = model.get_submodule(name.rpartition(".")[0])
+        parent = name.rpartition(".")[0]
+        owner = model.get_submodule(parent)
         marked: list[Any] = [model.get_submodule(name)]
-        if not (owner._parameters or owner._buffers):
+        own = {f"{parent}.{parameter}" for parameter in owner._parameters}
+        if own <= headers.keys() and not owner._buffers:
             marked.append(owner)
         for module in marked:
             module._is_hf_initialized = True

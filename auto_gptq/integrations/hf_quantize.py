@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import Any
 
-from ..architectures import Architecture, find
+from ..architectures import Architecture
 from ..calibration.datasets import as_examples, columns, token_rows
 from ..calibration.examples import make_batches
 from ..errors import ConfigError
 from ..modeling.limits import longest_sequence, padding_token
 from ..modeling.save import saved_config
+from ..nn_modules.experts import unfuse
 from ..nn_modules.surgery import prepare
+from ..pipeline.discover import find_or_discover
+from ..pipeline.fit import fit_settings
 from ..pipeline.quantize import quantize_model
 from ..quantization.config import BaseQuantizeConfig
 
@@ -44,7 +47,10 @@ def quantize_loaded(model: Any, config: Any) -> dict[str, Any]:
         tokenizer=tokenizer,
         max_length=_longest(model, config),
     )
-    quantize_model(model, _architecture(model, config), settings, batches)
+    unfuse(model)
+    architecture = _architecture(model, config)
+    settings = fit_settings(model, architecture, settings)
+    quantize_model(model, architecture, settings, batches)
     prepare(model)
     return saved_config(settings, model).to_dict()
 
@@ -68,12 +74,12 @@ def _architecture(model: Any, config: Any) -> Architecture:
     steps = config.modules_in_block_to_quantize
     blocks = config.block_name_to_quantize
     if not steps:
-        row = find(model.config.model_type)
+        row = find_or_discover(model, model.config.model_type)
         return replace(row, blocks=blocks) if blocks else row
     own = tuple(step if isinstance(step, str) else " ".join(step) for step in steps)
     if blocks:
         return Architecture({model.config.model_type: None}, blocks, (), own)
-    return replace(find(model.config.model_type), steps=own)
+    return replace(find_or_discover(model, model.config.model_type), steps=own)
 
 
 def _tokenizer(model: Any, config: Any) -> Any:

@@ -237,17 +237,17 @@ def make_sure_no_tensor_in_meta_device(
             module.register_buffer("bias", zeros)
 
 
-def check_supported(model_type: str, supported: Iterable[str]) -> None:
-    """Refuse a model type that is not in a list.
+def check_supported(model_type: str, supported: Iterable[str], config: Any = None) -> None:
+    """Refuse a model type that is not in a list and that transformers cannot build either.
 
+    :param config: the model's configuration; None to go by the list alone
     :raises UnsupportedModelError: (a TypeError)
     """
-    if model_type not in supported:
+    if model_type not in supported and not (config is not None and load.can_be_built(config)):
         raise UnsupportedModelError(
-            f"{model_type} isn't supported yet. Known model types: {sorted(supported)}. If its "
-            "blocks look like those of one of them, append it to "
-            "auto_gptq.modeling._const.SUPPORTED_MODELS and put a subclass of BaseGPTQForCausalLM "
-            "into auto_gptq.modeling.GPTQ_CAUSAL_LM_MODEL_MAP."
+            f"{model_type} isn't supported yet: the installed transformers has no language model "
+            f"of that type. Known model types: {sorted(supported)}, and every other one that "
+            "transformers can build. For code of the model's own pass trust_remote_code=True."
         )
 
 
@@ -256,10 +256,12 @@ def check_and_get_model_type(
 ) -> str:
     """Read the model type of a folder or Hub repository.
 
-    :raises UnsupportedModelError: (a TypeError) if it is not in ``SUPPORTED_MODELS``
+    :raises UnsupportedModelError: (a TypeError) if it is neither in ``SUPPORTED_MODELS`` nor one
+        that transformers can build
     """
-    model_type = str(load.load_config(model_dir, trust_remote_code, **kwargs).model_type)
-    check_supported(model_type, SUPPORTED_MODELS)
+    config = load.load_config(model_dir, trust_remote_code, **kwargs)
+    model_type = str(config.model_type)
+    check_supported(model_type, SUPPORTED_MODELS, config)
     return model_type
 
 

@@ -39,7 +39,7 @@ class AutoGPTQForCausalLM:
     ) -> BaseGPTQForCausalLM:
         """Load a full-precision model in order to quantize it.
 
-        :raises UnsupportedModelError: (a TypeError) for a model type not in ``SUPPORTED_MODELS``
+        :raises UnsupportedModelError: (a TypeError) for a model type that nobody can build
         """
         model_class = _class_for(
             pretrained_model_name_or_path, trust_remote_code, model_init_kwargs
@@ -78,7 +78,7 @@ class AutoGPTQForCausalLM:
     ) -> BaseGPTQForCausalLM:
         """Load a quantized checkpoint: see :meth:`BaseGPTQForCausalLM.from_quantized`.
 
-        :raises UnsupportedModelError: (a TypeError) for a model type not in ``SUPPORTED_MODELS``
+        :raises UnsupportedModelError: (a TypeError) for a model type that nobody can build
         """
         model_class = _class_for(model_name_or_path, trust_remote_code, kwargs)
         return model_class.from_quantized(

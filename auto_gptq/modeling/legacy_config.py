@@ -15,6 +15,7 @@ _RENAMED = {
 }
 # Where the base of each kind of attention went, for models that have more than one.
 _THETA_KEYS = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
+_TWO_BASES = {"gemma3_text", "gemma3n_text"}
 # Phi-3's configuration in transformers 4 refuses a scaling with any other key.
 _LONGROPE_KEYS = ("short_factor", "long_factor")
 
@@ -43,10 +44,10 @@ def _legacy_rope(config: dict[str, Any]) -> dict[str, Any]:
     rope, model_type = config.get("rope_parameters"), str(config.get("model_type"))
     if not isinstance(rope, dict) or not rope:
         return {}
-    if set(rope) == set(_THETA_KEYS):
+    if set(rope) == set(_THETA_KEYS) and model_type in _TWO_BASES:
         thetas = {key: rope[kind]["rope_theta"] for kind, key in _THETA_KEYS.items()}
         return _one_rope(rope["full_attention"], model_type) | thetas
-    if any(isinstance(value, dict) for value in rope.values()):
+    if any(value is None or isinstance(value, dict) for value in rope.values()):
         return {}  # kinds of attention that transformers 4 did not know
     return _one_rope(rope, model_type)
 

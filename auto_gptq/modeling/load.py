@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import hub
+from ..checkpoint.blocks import DiskWeights
 from ..checkpoint.fill import fill, some
 from ..checkpoint.layouts import find_packed
-from ..checkpoint.reader import WeightFiles, find_weights, read_headers
+from ..checkpoint.names import converted, convertible, in_model, packed_owners
+from ..checkpoint.reader import Header, WeightFiles, find_weights, read_headers, read_tensors
 from ..errors import CheckpointError
 from ..formats.gptq import middle_zeros
 from ..formats.marlin import find_obstacle
+from ..nn_modules.experts import expert_parents, find_fused, unfuse
 from ..nn_modules.qlinear.linear import QuantLinear, check_shape
 from ..nn_modules.surgery import (
     empty_quant_linear,
@@ -26,6 +29,7 @@ from ..nn_modules.surgery import (
     untie,
 )
 from ..quantization.config import CHECKPOINT_FORMAT, BaseQuantizeConfig
+from ..quantization.dynamic import find_pattern
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -33,15 +37,32 @@ if TYPE_CHECKING:
 
 def load_dense(
     source: str | Path, torch_dtype: torch.dtype, trust_remote_code: bool, **kwargs: Any
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, None]:
     """Load a full-precision model with transformers."""
-    from transformers import AutoModelForCausalLM
-
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    config = load_config(source, trust_remote_code, **kwargs)
+    model: PreTrainedModel = auto_class(config).from_pretrained(
         source, dtype=torch_dtype, trust_remote_code=trust_remote_code, **kwargs
     )
     model.eval()
-    return model
+    return model, None
+
+
+def open_dense(
+    source: str | Path, torch_dtype: torch.dtype, trust_remote_code: bool, **kwargs: Any
+) -> tuple[PreTrainedModel, DiskWeights]:
+    """Build a full-precision model without its weights, and say where these lie on disk.
+
+    :raises MissingFileError: if there are no safetensors files
+    :raises CheckpointError: if these do not hold what the model needs
+    """
+    weights = find_weights(source, ["model"], [".safetensors"], **kwargs)
+    model_config = load_config(source, trust_remote_code, **kwargs)
+    if kwargs.get("attn_implementation"):
+        model_config._attn_implementation = kwargs["attn_implementation"]
+    model = skeleton(model_config, torch_dtype, trust_remote_code)
+    unfuse(model)  # experts lie one by one
+    model.eval()
+    return model, DiskWeights(model, weights, torch_dtype)
 
 
 def load_config(source: str | Path, trust_remote_code: bool, **kwargs: Any) -> PretrainedConfig:
@@ -52,6 +73,36 @@ def load_config(source: str | Path, trust_remote_code: bool, **kwargs: Any) -> P
         source, trust_remote_code=trust_remote_code, **hub.hub_arguments(kwargs)
     )
     return config
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """Give transformers' class that builds a model of text: one that sees or hears, if need be."""
+    return next(_classes(config), None) or _auto_classes()[0]
+
+
+def can_be_built(config: PretrainedConfig) -> bool:
+    """Tell whether transformers, or the model's own code, has a model of text for it."""
+    return next(_classes(config), None) is not None
+
+
+def _classes(config: PretrainedConfig) -> Iterator[Any]:
+    import transformers
+
+    own_code = getattr(config, "auto_map", None) or {}
+    for kind in _auto_classes():
+        if kind.__name__ in own_code or type(config) in kind._model_mapping:
+            yield kind
+    for name in getattr(config, "architectures", None) or ():
+        # The text model of one that also sees has no place in transformers' lists.
+        if name.endswith("ForCausalLM") and hasattr(transformers, name):
+            yield getattr(transformers, name)
+
+
+def _auto_classes() -> list[Any]:
+    import transformers
+
+    names = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+    return [getattr(transformers, name) for name in names if hasattr(transformers, name)]
 
 
 def find_quantized_weights(
@@ -93,37 +144,96 @@ def load_packed(
     :raises CheckpointError: if tensors are missing, superfluous in place of others, misshapen, of
         a wrong dtype or damaged
     """
-    headers = read_headers(weights)
-    model = _skeleton(model_config, torch_dtype, trust_remote_code)
+    there = read_headers(weights)
+    model = skeleton(model_config, torch_dtype, trust_remote_code)
+    names, values = _names(model, there, weights)
+    headers = {names.get(name, name): header for name, header in there.items()}
+    headers |= {n: Header(list(v.shape), v.dtype, weights.files[0]) for n, v in values.items()}
+    stored = {inside: name for name, inside in names.items()}
     head = output_head(model)
     if head is not None and head in find_packed(headers, config.checkpoint_format):
         untie(model, head)
-    layouts = _insert_quant_linears(model, headers, config)
-    contiguous = {name for name in layouts if (config.settings_for(name) or config).contiguous}
-    fill(model, weights, headers, layouts, torch_dtype=torch_dtype, contiguous=contiguous)
+    layouts = _insert_quant_linears(model, headers, config, stored)
+    contiguous = {n for n in layouts if (_settings(config, n, stored) or config).contiguous}
+    fill(
+        model,
+        weights,
+        headers,
+        layouts,
+        torch_dtype=torch_dtype,
+        contiguous=contiguous,
+        stored=stored,
+        values=values,
+    )
     model.tie_weights()
     model.eval()
     return model
 
 
-def _skeleton(
-    config: PretrainedConfig, torch_dtype: torch.dtype, trust_remote_code: bool
+def skeleton(
+    config: PretrainedConfig,
+    torch_dtype: torch.dtype = torch.float16,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Build the model with parameters on the meta device and buffers for real."""
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     config.__dict__.pop("quantization_config", None)  # transformers would want its own backend
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=torch_dtype, trust_remote_code=trust_remote_code
-        )
+        kind = auto_class(config)
+        if hasattr(kind, "from_config"):
+            model: PreTrainedModel = kind.from_config(
+                config, dtype=torch_dtype, trust_remote_code=trust_remote_code
+            )
+        else:
+            model = kind._from_config(config, dtype=torch_dtype)
     model.tie_weights()
     return model
 
 
+def _names(
+    model: nn.Module, there: Iterable[str], weights: WeightFiles
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Give the model's names of a checkpoint's tensors, and the values of those to be converted.
+
+    Fused experts that the checkpoint holds one by one are parted first.
+    """
+    fused = [f"{name}." for name in find_fused(model)]
+    owners = set(dict(model.named_modules(remove_duplicate=False)))
+    own = set(model.state_dict())
+
+    def is_known(name: str) -> bool:
+        owner = name.rpartition(".")[0]
+        below_fused = any(name.startswith(parent) for parent in fused) and owner not in owners
+        return below_fused or name in own or (name.endswith(".weight") and owner in linears)
+
+    linears = set(find_linears(model))
+    names = in_model(model, there, is_known)
+    unfuse(model, only=expert_parents(model, names.values()))
+    fused, own = [], set(model.state_dict())
+    packed = packed_owners(names.values())
+    lost = {n for n, m in names.items() if m not in own and m.rpartition(".")[0] not in packed}
+    to_convert = convertible(model, lost)
+    if not to_convert:
+        return names, {}
+    values = converted(model, dict(read_tensors(weights, to_convert)))
+    return {n: m for n, m in names.items() if n not in to_convert}, values
+
+
+def _settings(
+    config: BaseQuantizeConfig, name: str, stored: Mapping[str, str]
+) -> BaseQuantizeConfig | None:
+    """Give a linear's settings by its name in the model, or, if no pattern has that, on disk."""
+    there = stored.get(f"{name}.qweight", f"{name}.qweight").removesuffix(".qweight")
+    by_name = find_pattern(config.dynamic or {}, name) is not None
+    return config.settings_for(name if by_name else there)
+
+
 def _insert_quant_linears(
-    model: nn.Module, names: Iterable[str], config: BaseQuantizeConfig
+    model: nn.Module,
+    names: Iterable[str],
+    config: BaseQuantizeConfig,
+    stored: Mapping[str, str],
 ) -> dict[str, str]:
     """Put a QuantLinear in place for each packed linear, and give each one's layout on disk."""
     linears = find_linears(model)
@@ -139,7 +249,7 @@ def _insert_quant_linears(
         )
     layers = []
     for name, layout in layouts.items():
-        own = config.settings_for(name) or config
+        own = _settings(config, name, stored) or config
         check_shape(name, *features(linears[name]), own.group_size)
         layer = empty_quant_linear(linears[name], own.bits, own.group_size, layout)
         if layout == CHECKPOINT_FORMAT.MARLIN:

@@ -96,6 +96,8 @@ class UnfusedExperts(nn.Module):
         :param sizes: rows of each expert, [E] int64
         """
         calibration = self._auto_gptq_layout.calibration
+        if sizes.is_meta:  # only traced
+            sizes = torch.full(sizes.shape, len(index) // len(sizes), device="cpu")
         if calibration is not None:
             calibration.routed.append(sizes.cpu())
             return self._run_with_more(tokens, index, sizes.tolist(), calibration.share)
@@ -113,11 +115,12 @@ class UnfusedExperts(nn.Module):
         self, tokens: Tensor, index: Tensor, sizes: list[int], share: float
     ) -> Tensor:
         """Do the same with all experts, of which each reads its least number of tokens."""
-        least = min(len(tokens), math.ceil(share * sum(sizes) / len(sizes)))
+        fair = len(index) / len(sizes)
+        least = math.ceil(share * fair)
         outputs = []
         for i, (expert, own) in enumerate(self._parts(index, sizes)):
             missing = least - len(own)
-            if least == len(tokens):  # the very same tensor for all: they share one Hessian
+            if share * fair >= len(tokens):  # the very same tensor for all: they share one Hessian
                 outputs.append(self._compute(partial(self._project, expert), tokens)[own])
                 continue
             read = own
@@ -231,7 +234,8 @@ def _can_group(experts: Sequence[nn.Module], x: Tensor) -> bool:
     if torch.is_grad_enabled() and x.requires_grad:
         return False  # the single linears know their gradient
     layers = [m for expert in experts for m in expert.modules() if not _is_container(m)]
-    return all(type(m) is QuantLinear for m in layers) and all(
+    # Prepared layers keep their tensors in tiles, for a kernel that runs them one by one.
+    return all(type(m) is QuantLinear and not m.is_prepared for m in layers) and all(
         m.bits == layers[0].bits
         and m.zero_offset == layers[0].zero_offset
         and not (m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook"))

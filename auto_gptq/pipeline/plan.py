@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 from torch import nn
 
-from ..architectures import Architecture
+from ..architectures import Architecture, matching
 from ..errors import ModuleShapeError, UnsupportedModelError
 from ..formats.gptq import ZERO_OFFSET
 from ..formats.grid import GridRule
@@ -17,6 +18,7 @@ from ..nn_modules.surgery import features, find_linears, output_head
 from ..quantization.config import CHECKPOINT_FORMAT, BaseQuantizeConfig
 from ..quantization.dynamic import find_pattern
 from ..quantization.solver import SolverOptions
+from .discover import BlockList
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +27,7 @@ logger = logging.getLogger(__name__)
 class Plan:
     """What will be quantized, decided and checked before anything is changed."""
 
-    blocks: nn.ModuleList
+    blocks: BlockList
     prefix: str  # dotted name of the list of blocks
     steps: list[list[list[str]]]  # per block, per step: names relative to the block
     settings: dict[str, BaseQuantizeConfig]  # by full name, of each linear to quantize
@@ -51,35 +53,43 @@ def make_plan(model: nn.Module, architecture: Architecture, config: BaseQuantize
         blocks = model.get_submodule(architecture.blocks)
     except AttributeError:
         blocks = None
-    if not isinstance(blocks, nn.ModuleList) or not len(blocks):
+    if not isinstance(blocks, BlockList) or not len(blocks):
         raise UnsupportedModelError(
             f"{type(model).__name__} has no list of blocks at `{architecture.blocks}`."
         )
-    steps: list[list[list[str]]] = []
-    settings: dict[str, BaseQuantizeConfig] = {}
-    for i, block in enumerate(blocks):
-        linears = find_linears(block)
-        steps.append([])
-        for step in architecture.step_names(config.true_sequential):
-            wanted = []
-            for name in (name for name in step if name in linears):
-                own = _checked(f"{architecture.blocks}.{i}.{name}", linears[name], config)
-                if own is not None:
-                    settings[f"{architecture.blocks}.{i}.{name}"] = own
-                    wanted.append(name)
-            if wanted:
-                steps[-1].append(wanted)
-    if not settings:
+    plan = Plan(blocks, architecture.blocks, [], {}, None)
+    for name, linears in block_linears(blocks, architecture):
+        plan.steps.append([])
+        for step in architecture.steps_of(linears, config.true_sequential):
+            settings = {
+                linear: _checked(f"{name}.{linear}", linears[linear], config) for linear in step
+            }
+            own = {linear: one for linear, one in settings.items() if one is not None}
+            plan.settings.update({f"{name}.{linear}": one for linear, one in own.items()})
+            if own:
+                plan.steps[-1].append(list(own))
+    if not plan.settings:
         raise UnsupportedModelError(
             f"No block of {type(model).__name__} has any of the linears {architecture.steps}"
             + (" that `dynamic` does not skip." if config.dynamic else ".")
         )
-    _warn_of_absent_names(model, architecture, steps, config)
+    _warn_of_absent_names(model, architecture, plan.steps, config)
     head = _head_name(model, architecture, config)
     if head is not None:
-        settings[head] = _checked(head, model.get_submodule(head), config) or config
+        plan.settings[head] = _checked(head, model.get_submodule(head), config) or config
     _warn_of_idle_patterns(model, config)
-    return Plan(blocks, architecture.blocks, steps, settings, head)
+    return replace(plan, head=head)
+
+
+def block_linears(
+    blocks: Iterable[nn.Module], architecture: Architecture
+) -> Iterator[tuple[str, dict[str, nn.Module]]]:
+    """Give each block's full name and its linears; what blocks share belongs to the first."""
+    done: set[nn.Module] = set()
+    for i, block in enumerate(blocks):
+        linears = {name: m for name, m in find_linears(block).items() if m not in done}
+        done.update(linears.values())
+        yield f"{architecture.blocks}.{i}", linears
 
 
 def _warn_of_absent_names(
@@ -89,7 +99,7 @@ def _warn_of_absent_names(
     config: BaseQuantizeConfig,
 ) -> None:
     found = {name for block in steps for step in block for name in step}
-    absent = [name for name in architecture.linear_names() if name not in found]
+    absent = [name for name in architecture.linear_names() if not matching(name, found)]
     if absent and not config.dynamic:
         logger.warning(
             "No block of %s has %s; what takes their place stays in full precision.",

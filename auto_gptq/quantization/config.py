@@ -58,7 +58,15 @@ _FOREIGN_VERSIONS = {"gemv", "gemv_fast", "llm-awq", "exllama", "ipex", "marlin"
 # Keys that are understood without being settings.
 _READ_BESIDES = {"version", "zero_point", "format", CHECKPOINT_FORMAT_FIELD_COMPAT_MARLIN}
 # Settings that AutoGPTQ did not have.
-_OWN_FIELDS = ("scale_search", "signed_scales", "correction", "tuning_epochs", "lm_head", "dynamic")
+_OWN_FIELDS = (
+    "scale_search",
+    "signed_scales",
+    "correction",
+    "tuning_epochs",
+    "lm_head",
+    "dynamic",
+    "expert_share",
+)
 # Where a configuration may lie in a model folder, in the order of trying.
 _CONFIG_FILES = (QUANT_CONFIG_FILENAME, "quant_config.json", "config.json")
 
@@ -86,6 +94,8 @@ class BaseQuantizeConfig:
         block are tuned by gradients; 0 for GPTQ alone
     :param lm_head: quantize the output head too; one tied to the embedding is untied
     :param dynamic: settings of some modules, by pattern: see :mod:`.dynamic`
+    :param expert_share: an expert sees at least this share of the tokens that even routing would
+        give it; 0 for only those routed to it, a large number for all
     :param is_marlin_format: 0.7.1's way to say ``checkpoint_format="marlin"``
     :param awq_gemm_checkpoint: 0.7.1's way to say AWQ's format "gemm"
     :raises ConfigError: (a ValueError) if a value cannot work
@@ -108,6 +118,7 @@ class BaseQuantizeConfig:
     tuning_epochs: int = 0
     lm_head: bool = False
     dynamic: dict[str, dict[str, Any]] | None = None
+    expert_share: float = 0.25
     is_marlin_format: InitVar[bool] = False
     awq_gemm_checkpoint: InitVar[bool] = False
 
@@ -145,6 +156,10 @@ class BaseQuantizeConfig:
             )
         if self.tuning_epochs < 0:
             raise ConfigError(f"tuning_epochs is {self.tuning_epochs!r}; it must be 0 or more.")
+        if not self.expert_share >= 0:
+            raise ConfigError(
+                f"expert_share is {self.expert_share!r}; it must be 0 or more, usually 0.25."
+            )
         formats = QUANT_METHOD_FORMAT_MAPPING.get(self.quant_method)
         if formats is None:
             raise ConfigError(

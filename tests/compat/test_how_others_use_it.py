@@ -216,8 +216,8 @@ def test_fms_mo_appends_to_the_list_and_the_map(
     assert _const.SUPPORTED_MODELS is auto_gptq.modeling._base.SUPPORTED_MODELS
     tiny_model().save_pretrained(tmp_path)
     renamed(tmp_path)
-    with pytest.raises(TypeError, match="phi3_v isn't supported yet"):
-        AutoGPTQForCausalLM.from_pretrained(tmp_path, BaseQuantizeConfig(**SETTINGS))
+    # AutoGPTQ refused a type before it was in the list; here what transformers can build will do.
+    assert AutoGPTQForCausalLM.from_pretrained(tmp_path, BaseQuantizeConfig(**SETTINGS))
     _const.SUPPORTED_MODELS.append("phi3_v")
     monkeypatch.setitem(GPTQ_CAUSAL_LM_MODEL_MAP, "phi3_v", Phi3V)
     try:
@@ -232,13 +232,12 @@ def test_fms_mo_appends_to_the_list_and_the_map(
 def test_internlm_xcomposer_rebinds_the_list(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its card rebinds the list for its own type; whatever it holds at the call counts."""
+    """Its card rebinds the list for its own type; what transformers can build goes without."""
     renamed(checkpoint)
-    with pytest.raises(TypeError, match="phi3_v isn't supported yet"):
-        Phi3V.from_quantized(checkpoint, device="cpu")
-    monkeypatch.setattr(auto_gptq.modeling._base, "SUPPORTED_MODELS", ["phi3_v"])
-    assert runs(Phi3V.from_quantized(checkpoint, device="cpu"))
-    monkeypatch.setattr(auto_gptq.modeling._base, "SUPPORTED_MODELS", ["internlm"])
+    for supported in (_const.SUPPORTED_MODELS, ["phi3_v"], ["internlm"]):
+        monkeypatch.setattr(auto_gptq.modeling._base, "SUPPORTED_MODELS", supported)
+        assert runs(Phi3V.from_quantized(checkpoint, device="cpu"))
+    monkeypatch.setattr(auto_gptq.modeling.load, "can_be_built", lambda _config: False)
     with pytest.raises(TypeError, match=r"Known model types: \['internlm'\]"):
         Phi3V.from_quantized(checkpoint, device="cpu")
 

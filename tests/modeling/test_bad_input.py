@@ -74,19 +74,20 @@ def test_settings_that_cannot_work(settings: dict[str, Any], message: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("change", "group_size", "message"),
+    ("pattern", "override", "message"),
     [
-        ({}, 128, r"model.layers.0.self_attn.\w+ maps 64 inputs to .* group_size=128.*at most 64"),
-        ({"intermediate_size": 100}, 32, "mlp.up_proj maps 64 inputs to 100 outputs.*multiples"),
+        (r".*q_proj", {"group_size": 128}, r"q_proj maps 64 inputs to .* group_size=128.*most 64"),
+        (r".*up_proj", {"bits": 8}, r"mlp.up_proj maps 64 inputs to 100 outputs.*multiples"),
     ],
     ids=["group too large", "not a multiple of 32"],
 )
-def test_a_layer_that_cannot_be_packed_is_named_before_anything_is_changed(
-    change: dict[str, int], group_size: int, message: str
+def test_a_layer_named_by_the_user_that_cannot_be_packed_is_refused_before_anything_is_changed(
+    pattern: str, override: dict[str, int], message: str
 ) -> None:
-    model = tiny_model(**change)
+    model = tiny_model(intermediate_size=100)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    wrapper = BaseGPTQForCausalLM(model, False, BaseQuantizeConfig(group_size=group_size))
+    config = BaseQuantizeConfig(group_size=32, dynamic={pattern: override})
+    wrapper = BaseGPTQForCausalLM(model, False, config)
     with pytest.raises(ModuleShapeError, match=message):
         wrapper.quantize(tiny_examples())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -115,13 +116,13 @@ def test_nan_weights_and_activations_name_the_module() -> None:
         wrapper.quantize(tiny_examples())
 
 
-def test_a_model_type_without_a_row_is_a_type_error(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+def test_a_model_type_that_makes_no_text_is_a_type_error(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
     for load in (
         lambda: AutoGPTQForCausalLM.from_pretrained(tmp_path, BaseQuantizeConfig()),
         lambda: AutoGPTQForCausalLM.from_quantized(tmp_path),
     ):
-        with pytest.raises(TypeError, match="bert isn't supported yet") as caught:
+        with pytest.raises(TypeError, match="vit isn't supported yet") as caught:
             load()
         assert isinstance(caught.value, UnsupportedModelError)
 

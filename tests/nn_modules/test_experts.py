@@ -8,9 +8,14 @@ import pytest
 import torch
 from torch import nn
 
+from auto_gptq import BaseQuantizeConfig
+from auto_gptq.modeling import BaseGPTQForCausalLM
+from auto_gptq.nn_modules import unfused
 from auto_gptq.nn_modules.experts import expert_groups, find_fused, unfuse
+from auto_gptq.nn_modules.qlinear import QuantLinear
 from auto_gptq.nn_modules.surgery import find_linears
 from auto_gptq.nn_modules.unfused import calibrating, find_unfused, routed_tokens
+from tests.tiny import tiny_examples
 from tests.zoo import tiny_of
 
 # One model type for each way of keeping experts, with the names of an expert's linears.
@@ -25,7 +30,7 @@ KINDS = {
 
 
 def _logits(model: nn.Module) -> torch.Tensor:
-    ids = torch.arange(3, 51).view(2, 24)
+    ids = torch.arange(3, 51, device=next(model.parameters()).device).view(2, 24)
     with torch.no_grad():
         return model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
 
@@ -81,3 +86,43 @@ def test_every_expert_reads_its_least_number_of_tokens() -> None:
     assert sorted(routed) == [0, 0, 48, 48]
     # Even routing would give each 48 * 2 / 4 = 24 tokens; half of that is 12.
     assert sorted(seen.values()) == [12, 12, 48, 48]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "jetmoe"])
+def test_packed_experts_run_grouped_as_they_do_one_by_one(
+    model_type: str, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """One call of the operator per projection, biases included, gives what single linears give."""
+    model = tiny_of(model_type)
+    wrapper = BaseGPTQForCausalLM(model, False, BaseQuantizeConfig(group_size=32, desc_act=False))
+    wrapper.quantize(tiny_examples(2, 24))
+    model.to(device)
+    calls: list[int] = []
+    grouped = unfused.UnfusedExperts._project_grouped
+
+    def counted(self: unfused.UnfusedExperts, *args: object) -> torch.Tensor:
+        calls.append(1)
+        return grouped(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(unfused.UnfusedExperts, "_project_grouped", counted)
+    together = _logits(model)
+    projections = {"mixtral": 3, "gpt_oss": 3, "jetmoe": 4}[model_type]
+    assert len(calls) == projections * 2  # blocks
+    monkeypatch.setattr(unfused, "_can_group", lambda *_: False)
+    assert torch.allclose(_logits(model), together, rtol=1e-4, atol=1e-5)
+    assert len(calls) == projections * 2
+
+
+def test_the_operator_leaves_rows_of_nobody_at_zero() -> None:
+    layers = [QuantLinear(4, 32, 64, 32, bias=False) for _ in range(3)]
+    for layer in layers:
+        layer.qweight.random_()
+        layer.scales.fill_(0.01)
+    x, ends = torch.randn(9, 64), torch.tensor([4, 4, 7])  # expert 1 has no row, 7 and 8 no expert
+    packed = [
+        [getattr(m, name) for m in layers] for name in ("qweight", "qzeros", "scales", "g_idx")
+    ]
+    found = torch.ops.auto_gptq.q_linear_experts(x, ends, *packed, 4, 1)
+    wanted = torch.cat([layers[0](x[:4]), layers[2](x[4:7]), torch.zeros(2, 32)])
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5)
