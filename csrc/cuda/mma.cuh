@@ -1,4 +1,4 @@
-// Instructions that CUDA C++ has no name for: tensor cores, asynchronous copies, dependent launches.
+// Instructions without a name in CUDA C++: tensor cores, asynchronous copies, dependent launches.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -10,7 +10,10 @@ namespace auto_gptq {
 
 // c += a b, 16 x 8 x 16, fp32 sums.
 template <typename T>
-__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+__device__ __forceinline__ void mma(float (&c)[4],
+                                    const uint32_t (&a)[4],
+                                    uint32_t b0,
+                                    uint32_t b1);
 
 template <>
 __device__ __forceinline__ void mma<__half>(float (&c)[4],

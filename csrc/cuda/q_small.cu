@@ -13,7 +13,7 @@
 namespace auto_gptq {
 namespace {
 
-// Measured on an H100 with weights that are in no cache; the first row that a product fits is taken.
+// Measured on an H100, weights in no cache; the first row that a product fits is taken.
 struct Row {
   int64_t most_n;  // outputs
   int64_t most_k;  // inputs
@@ -46,7 +46,9 @@ SmallConfig choose(const Product& product) {
   if (weight.bits == 8) {
     return kEightBits;
   }
-  const auto fits = [&](const Row& row) { return weight.n <= row.most_n && weight.k <= row.most_k; };
+  const auto fits = [&](const Row& row) {
+    return weight.n <= row.most_n && weight.k <= row.most_k;
+  };
   return std::find_if(std::begin(kTable), std::end(kTable), fits)->config;
 }
 

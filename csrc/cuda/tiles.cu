@@ -20,7 +20,7 @@ __device__ uint32_t packed_code(const int32_t* qweight, int64_t n_stride, int64_
   return code & ((1u << BITS) - 1);
 }
 
-// Where a lane keeps the code of step s, input i, output h (r0 or r1): plane by plane, see tiles.py.
+// Where a lane keeps the code of step s, input i, output h (r0 or r1), see formats/tiles.py.
 template <int BITS>
 __device__ void put(LaneCodes<BITS>& codes, uint32_t code, int s, int i, int h) {
   const int half = i % 2 * 16, pair = s * 4 + i / 2 * 2 + h;

@@ -1,0 +1,105 @@
+// Codes as operands of tensor cores without arithmetic: as numbers that sums of x make right later.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "tiles.cuh"
+
+namespace auto_gptq {
+
+// How codes become numbers without arithmetic: row h of a pair of rows is unit(h) * code + base.
+// fp16: the code's bits alone are a subnormal number.  bf16: they are put into 128's mantissa.
+template <int BITS, typename T>
+struct Raw {
+  static constexpr bool kIsHalf = Pairs<T>::kMantissa == 10;
+  static constexpr uint32_t kMagic = kIsHalf ? 0 : 0x43004300;
+
+  __device__ static constexpr float base() {
+    return kIsHalf ? 0.0f : BITS == 8 ? -128.0f : 128.0f;
+  }
+  __device__ static constexpr float unit(int h) {
+    const float step = BITS == 4 && kIsHalf ? 16.0f : BITS < 4 ? 4.0f : 1.0f;
+    return (kIsHalf ? 1.0f / (1 << 24) : 1.0f) * (h ? step : 1.0f);
+  }
+
+  __device__ __forceinline__ static uint32_t field(uint32_t word, uint32_t mask) {
+    return kIsHalf ? word & mask : masked_or(word, mask, kMagic);
+  }
+
+  __device__ __forceinline__ static void operand(const LaneCodes<BITS>& codes,
+                                                 int step,
+                                                 uint32_t (&a)[4]) {
+    if constexpr (BITS == 8 && !kIsHalf) {
+      decode<BITS, T>(codes, step, a);
+    } else if constexpr (BITS == 8) {
+#pragma unroll
+      for (int f = 0; f < 4; ++f) {
+        a[f] = codes.word[2 * step + f / 2] >> (f % 2 * 8) & 0x00ff00ff;
+      }
+    } else if constexpr (BITS == 4) {
+      const uint32_t word = codes.word[step];
+#pragma unroll
+      for (int f = 0; f < 4; ++f) {
+        const bool stays = kIsHalf && f % 2 == 1;  // times 16
+        a[f] = field(word >> (stays ? f * 4 - 4 : f * 4), stays ? 0x00f000f0 : 0x000f000f);
+      }
+    } else {
+      const int word = step / 2, odd = step % 2;
+      const uint32_t first = codes.word[word] >> (8 * odd), second = first >> 4;
+      if constexpr (BITS == 2) {
+        a[0] = field(first, 0x00030003);
+        a[1] = field(first, 0x000c000c);
+        a[2] = field(second, 0x00030003);
+        a[3] = field(second, 0x000c000c);
+      } else {
+        const uint32_t high = codes.word[2];
+        const uint32_t upper01 = high >> (8 * word + odd), upper2 = high >> (8 * word + 4 + odd);
+        const uint32_t upper3 = word ? high << (4 - odd) : upper2;
+        a[0] = masked_or(first, 0x00030003, field(upper01, 0x00040004));
+        a[1] = masked_or(first, 0x000c000c, field(upper01, 0x00100010));
+        a[2] = masked_or(second, 0x00030003, field(upper2, 0x00040004));
+        a[3] = masked_or(second, 0x000c000c, field(upper3, 0x00100010));
+      }
+    }
+  }
+};
+
+// Read a lane's codes of one of the row tiles that lie in shared memory as they do in a tile.
+template <int BITS>
+__device__ __forceinline__ LaneCodes<BITS> read_codes(const char* stage,
+                                                      int rw,
+                                                      int row_tiles,
+                                                      int lane) {
+  LaneCodes<BITS> codes;
+  if constexpr (BITS == 4 || BITS == 8) {
+#pragma unroll
+    for (int i = 0; i < BITS / 4; ++i) {
+      const uint4 v = reinterpret_cast<const uint4*>(stage)[(rw * (BITS / 4) + i) * 32 + lane];
+      codes.word[4 * i] = v.x;
+      codes.word[4 * i + 1] = v.y;
+      codes.word[4 * i + 2] = v.z;
+      codes.word[4 * i + 3] = v.w;
+    }
+  } else {
+    const uint2 v = reinterpret_cast<const uint2*>(stage)[rw * 32 + lane];
+    codes.word[0] = v.x;
+    codes.word[1] = v.y;
+    if constexpr (BITS == 3) {
+      const char* plane = stage + 256 * row_tiles;
+      codes.word[2] = reinterpret_cast<const uint32_t*>(plane)[rw * 32 + lane];
+    }
+  }
+  return codes;
+}
+
+template <typename T>
+__device__ __forceinline__ T narrow(float value) {
+  if constexpr (Pairs<T>::kMantissa == 10) {
+    return __float2half_rn(value);
+  } else {
+    return __float2bfloat16_rn(value);
+  }
+}
+
+}  // namespace auto_gptq
