@@ -85,7 +85,7 @@ def quantized(linear: Any, bits: int, device: torch.device) -> QuantLinear:
 def per_second(work: Callable[[int], torch.Tensor], tokens: int, repeats: int) -> float:
     """Give the median of new tokens per second of calls after a short one that does not count."""
     speeds = []
-    work(min(tokens, 24))
+    work(min(tokens, 8))
     for _ in range(repeats):
         _wait()
         started = time.perf_counter()
@@ -108,7 +108,7 @@ def rows(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str
     """Measure one way of generating after the other."""
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     ours = f"{options.bits} bits"
-    few = min(options.tokens, 32)  # transformers' own loop is slow, and as slow at each token
+    few = min(options.tokens, 16)  # transformers' own loop is slow, and as slow at each token
 
     def row(weights: str, loop: str, work: Any, tokens: int, **asked: Any) -> dict[str, Any]:
         batch, repeats = (
@@ -209,19 +209,15 @@ def main() -> None:
     torch.manual_seed(0)
     print(native.reason())
     options.parts = {}
-    found = []
+    found: list[dict[str, Any]] = []
+    content = {"model": options.model, "prompt tokens": PROMPT, "rows": found}
     for row in rows(options, device):
         found.append(row)
         print(row, flush=True)
-    print(table(found))
-    content = {
-        "model": options.model,
-        "prompt tokens": PROMPT,
-        "rows": found,
-        "microseconds of a step": options.parts,
-    }
-    print(options.parts)
-    print(save(f"decode-{device.type}-{options.model}", content, options.results))
+        content["microseconds of a step"] = options.parts
+        # After each row, so that what was measured stays if time runs out.
+        path = save(f"decode-{device.type}-{options.model}", content, options.results)
+    print(table(found), options.parts, path, sep="\n")
 
 
 if __name__ == "__main__":

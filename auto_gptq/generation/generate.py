@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from . import request as requests
-from .llama import LlamaDecoder, addresses, find_refusal
+from .llama import LlamaDecoder, addresses, find_misshape, find_refusal
 from .loop import Decoder, Loop
 from .request import Request
 
 logger = logging.getLogger(__name__)
+
+_THEIRS = "transformers' own loop decodes: %s."
 
 # Arguments that ask for another way of decoding, or that transformers hands to its own ways only.
 _FOREIGN = (
@@ -71,7 +73,10 @@ def generate(model: Any, **kwargs: Any) -> Any:
     (one captured graph per token on a GPU) if the model's blocks have Llama's shape. Everything
     else, transformers does by itself; why is logged at level DEBUG.
     """
-    if any(kwargs.get(name) is not None for name in _FOREIGN):
+    foreign = [f"{name} is given" for name in _FOREIGN if kwargs.get(name) is not None]
+    reason = find_misshape(model) or next(iter(foreign), None)
+    if reason is not None:
+        logger.debug(_THEIRS, reason)
         return model.generate(**kwargs)
     ours = functools.partial(_decode, streamer=kwargs.get("streamer"))
     try:
@@ -100,7 +105,7 @@ def _decode(
     if reason is None and not _sessions.lock.acquire(blocking=False):
         reason = "another thread is decoding"
     if isinstance(asked, str) or reason is not None:
-        logger.debug("transformers' own loop decodes: %s.", reason)
+        logger.debug(_THEIRS, reason)
         return model._sample(
             input_ids,
             logits_processor,

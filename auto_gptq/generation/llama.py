@@ -19,6 +19,8 @@ from ..nn_modules.qlinear.linear import QuantLinear
 # Rotations whose angles do not depend on how long the sequence gets.
 _ROTATIONS = ("default", "linear", "llama3", "yarn")
 _GATES = {"silu": False, "swish": False, "gelu_pytorch_tanh": True}  # → whether it is gelu
+# What the kernels hold, in multiples of 8.
+_MOST_CHANNELS = {"hidden_size": 1 << 14, "intermediate_size": 1 << 30}
 _operators = torch.ops.auto_gptq
 
 
@@ -166,14 +168,23 @@ def _read_block(block: nn.Module, parts: BlockParts) -> _Block:
     )
 
 
+def find_misshape(model: Any) -> str | None:
+    """Say why a model is none of those that can be decoded here at all, or None if it is one."""
+    if (
+        model.config.model_type in LLAMA_SHAPED
+        and type(model).__module__.startswith("transformers.models.")
+        and hasattr(model, "lm_head")
+    ):
+        return None
+    return f"{type(model).__name__} is not among LLAMA_SHAPED"
+
+
 def find_refusal(model: Any, most: int) -> str | None:
-    """Say why a model is not decoded here, or None if it is.
+    """Say why a model of the right shape is not decoded here, or None if it is.
 
     :param most: tokens of a row in the end
     """
-    parts = LLAMA_SHAPED.get(model.config.model_type)
-    if parts is None or not type(model).__module__.startswith("transformers.models."):
-        return f"{type(model).__name__} is not among LLAMA_SHAPED"
+    parts = LLAMA_SHAPED[model.config.model_type]
     return next(_of_settings(model, most), None) or next(_of_modules(model, parts), None)
 
 
@@ -189,6 +200,9 @@ def _of_settings(model: Any, most: int) -> Iterator[str]:
     window = getattr(config, "sliding_window", None)
     if window is not None and window < most and getattr(config, "use_sliding_window", True):
         yield f"the sliding window of {window} tokens is shorter than {most}"
+    for name in ("hidden_size", "intermediate_size"):
+        if getattr(config, name) % 8 or getattr(config, name) > _MOST_CHANNELS[name]:
+            yield f"{name} is {getattr(config, name)}"
     head_channels = model.model.layers[0].self_attn.head_dim
     if head_channels % 8 or head_channels > 256:
         yield f"attention heads have {head_channels} channels"

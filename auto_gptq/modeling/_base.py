@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
-
 __getattr__ = _old_names.getter(__name__)
 
 
@@ -149,10 +148,7 @@ class BaseGPTQForCausalLM(FormerMethods):
         return self.model(*args, **kwargs)
 
     def generate(self, **kwargs: Any) -> Any:
-        """Do what the wrapped model's ``generate`` does, with a faster loop where there is one.
-
-        Takes keyword arguments only, as AutoGPTQ's did.
-        """
+        """Do what the wrapped model's ``generate`` does, faster; keyword arguments only."""
         self._check_in_memory()
         with torch.inference_mode():
             return generate(self.model, **kwargs)

@@ -66,8 +66,7 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// Whether kernels can start early, and blocks read each other's shared memory.
-inline bool is_sm90() {
+inline bool starts_early() {
   int device = 0, major = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
@@ -75,25 +74,16 @@ inline bool is_sm90() {
 }
 
 template <typename Task>
-const char* launch(void (*kernel)(Task),
-                   dim3 grid,
-                   int threads,
-                   const Task& task,
-                   void* stream,
-                   int cluster = 1) {  // blocks along x that run together
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = cluster;
-  attributes[1].val.clusterDim.y = 1;
-  attributes[1].val.clusterDim.z = 1;
+const char* launch(void (*kernel)(Task), dim3 grid, int threads, const Task& task, void* stream) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = threads;
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = attributes;
-  config.numAttrs = !is_sm90() ? 0 : cluster > 1 ? 2 : 1;
+  config.attrs = &attribute;
+  config.numAttrs = starts_early() ? 1 : 0;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, task);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -1,6 +1,4 @@
 // Attention of new tokens to a cache of keys and values (../decode.h).
-#include <cooperative_groups.h>
-
 #include "decode.cuh"
 
 namespace auto_gptq {
@@ -8,7 +6,6 @@ namespace {
 
 constexpr int kAttentionThreads = 256;
 constexpr int kAttentionWarps = kAttentionThreads / kWarp;
-constexpr int kMostInCluster = 8;      // blocks, on every GPU that has clusters
 constexpr int64_t kLeastPositions = 64;  // for less, no further block looks at the cache
 
 // kHeads query heads of one key head and one part of the cache: what a block works on.
@@ -261,42 +258,6 @@ struct Attention {
     if (parts > 1 && comes_last()) write_joined(partial, out);
   }
 
-#if __CUDA_ARCH__ >= 900
-  // The same where the parts are the blocks of a cluster, which read each other's shared memory.
-  __device__ void write_in_cluster() {
-    const auto cluster = cooperative_groups::this_cluster();
-    T* out = output();
-    for (int i = threadIdx.x; begin < end && i < kHeads * d; i += kAttentionThreads) {
-      const float sum = joined(i / d, i % d);
-      if (parts == 1) out[i] = rounded<T>(sum);
-      shared.value[0][i / d][i % d] = sum;  // read by nobody else before the clusters meet
-    }
-    if (parts == 1) return;
-    cluster.sync();
-    const int share = (kHeads * d + parts - 1) / parts;
-    const int i = blockIdx.x * share + threadIdx.x;  // share is at most the number of threads
-    if (static_cast<int>(threadIdx.x) < share && i < kHeads * d && blockIdx.x < parts) {
-      const int h = i / d, c = i % d;
-      float most[kMostInCluster], sum = 0, all = 0, highest = -INFINITY;
-#pragma unroll
-      for (int p = 0; p < kMostInCluster; ++p) {
-        most[p] = p < parts ? cluster.map_shared_rank(&shared, p)->highest[h] : -INFINITY;
-        highest = fmaxf(highest, most[p]);
-      }
-#pragma unroll
-      for (int p = 0; p < kMostInCluster; ++p) {
-        if (p >= parts) continue;
-        const Shared* other = cluster.map_shared_rank(&shared, p);
-        const float shrink = exp2f(most[p] - highest);
-        all += other->whole[h] * shrink;
-        sum += other->value[0][h][c] * shrink;
-      }
-      out[i] = rounded<T>(sum / all);
-    }
-    cluster.sync();  // nobody leaves while its memory is read
-  }
-#endif
-
   __device__ bool comes_last() {
     __threadfence();
     __syncthreads();
@@ -355,40 +316,27 @@ struct Attention {
 };
 
 // Block (part, share of heads, row).
-template <typename T, int kLanes, int kHeads, bool kCluster>
+template <typename T, int kLanes, int kHeads>
 __global__ void __launch_bounds__(kAttentionThreads) attention_kernel(DecodeAttention task) {
   __shared__ typename Attention<T, kLanes, kHeads>::Shared shared;
   start_next();
   Attention<T, kLanes, kHeads> attention(task, shared);
-  if (attention.begin < attention.end) {
-    int64_t p = attention.begin + attention.slot;
-    attention.load(p);
-    wait_for_previous();
-    attention.take_new_heads();
-    for (;;) {
-      attention.fold(p);
-      p += attention.step;
-      if (p - attention.slot >= attention.end) break;
-      attention.load(p);
-    }
-    attention.join();
-  } else {
+  if (attention.begin >= attention.end) {
     wait_for_previous();  // so that whoever waits for this kernel has waited for that one too
-    if (!kCluster) return;
-  }
-#if __CUDA_ARCH__ >= 900
-  if constexpr (kCluster) {
-    attention.write_in_cluster();
     return;
   }
-#endif
+  int64_t p = attention.begin + attention.slot;
+  attention.load(p);
+  wait_for_previous();
+  attention.take_new_heads();
+  for (;;) {
+    attention.fold(p);
+    p += attention.step;
+    if (p - attention.slot >= attention.end) break;
+    attention.load(p);
+  }
+  attention.join();
   attention.write();
-}
-
-template <typename T, int kLanes, int kHeads>
-void (*choose_kernel(bool cluster))(DecodeAttention) {
-  return cluster ? attention_kernel<T, kLanes, kHeads, true>
-                 : attention_kernel<T, kLanes, kHeads, false>;
 }
 
 template <typename T, int kLanes>
@@ -396,11 +344,10 @@ const char* attention_of_lanes(const DecodeAttention& task, void* stream) {
   const int32_t heads = heads_per_share(task.query_heads / task.kv_heads);
   const dim3 grid(task.splits, static_cast<unsigned>(task.query_heads / heads),
                   static_cast<unsigned>(task.batch));
-  const bool cluster = is_sm90() && task.splits > 1 && task.splits <= kMostInCluster;
-  void (*kernel)(DecodeAttention) = choose_kernel<T, kLanes, 1>(cluster);
-  if (heads == 2) kernel = choose_kernel<T, kLanes, 2>(cluster);
-  if (heads == 4) kernel = choose_kernel<T, kLanes, 4>(cluster);
-  return launch(kernel, grid, kAttentionThreads, task, stream, cluster ? task.splits : 1);
+  void (*kernel)(DecodeAttention) = attention_kernel<T, kLanes, 1>;
+  if (heads == 2) kernel = attention_kernel<T, kLanes, 2>;
+  if (heads == 4) kernel = attention_kernel<T, kLanes, 4>;
+  return launch(kernel, grid, kAttentionThreads, task, stream);
 }
 
 template <typename T>

@@ -136,6 +136,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "another shape of blocks": ("GemmaForCausalLM is not among", {"type": "gemma"}, {}),
     "a window that is too short": (
         "sliding window of 16 tokens is shorter", {"type": "mistral", "sliding_window": 16}, {}),
+    "channels": ("intermediate_size is 36", {"type": "llama", "intermediate_size": 36}, {}),
     "hooks": ("model.layers.1.mlp has hooks", {"change": _with_hook}, {}),
     "training": ("training mode", {"change": lambda model: model.train()}, {}),
     "another rotation": (

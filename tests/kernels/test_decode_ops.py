@@ -122,8 +122,7 @@ def test_decode_attention_agrees_with_fp64(
         cache[:, :, int(case["length"]) + 1 :] = float("nan")  # places not reached hold anything
     case = {k: v.to(device) if torch.is_tensor(v) else v for k, v in case.items()}
     _, arrived = decode_ops.decode_scratch(3, heads, kv_heads, channels, device)
-    # The parts of the cache: one; the blocks of a cluster; those and more, joined through memory.
-    for parts in (1, 5, 8, 32):
+    for parts in (1, 5, 32):  # of the cache, side by side
         partial = torch.full((3, heads, parts, channels + 2), float("nan"), device=device)
         for _ in range(2):  # the second call finds the counters as the first one left them
             out = ops.decode_attention(**case, partial=partial, arrived=arrived)
