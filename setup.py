@@ -27,8 +27,11 @@ SOURCES = sorted(map(str, [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("
 CUDA_SOURCES = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in (".h", ".cuh"))
 # Real code for what data centres and desks have, and PTX for what comes.  AUTO_GPTQ_CUDA_TARGETS=90
-# builds for one of them, in a fifth of the time.
+# builds for one of them, in a fifth of the time; AUTO_GPTQ_CUDA_TARGETS= leaves CUDA out.
 CUDA_TARGETS = os.environ.get("AUTO_GPTQ_CUDA_TARGETS", "75 80 86 89 90").split()
+
+# Files that use what only some chips have; code for 8.0 also runs on 8.6 and 8.9.
+OWN_TARGETS = {"q_mma": ["80"], "q_wgmma_sm90": ["90a"]}
 
 
 def find_torch() -> Path | None:
@@ -86,24 +89,32 @@ def cuda_libraries(nvcc: Path) -> list[str]:
     return [] if top is None else [f"{top[1]}/{name}" for name in ("lib64", "lib")]
 
 
+def code_for(source: str) -> list[str]:
+    """Give the compiler's options for what one file is compiled to."""
+    own = OWN_TARGETS.get(Path(source).stem)
+    targets = own or CUDA_TARGETS
+    options = [f"-gencode=arch=compute_{t},code=sm_{t}" for t in targets]
+    if not targets[-1].endswith("a"):  # PTX for what comes, except of one chip's own instructions
+        options.append("-gencode=arch=compute_{0},code=compute_{0}".format(targets[-1]))
+    return options
+
+
 class BuildNative(build_ext):
     """Name the file without the ABI tag of one Python: it does not use Python's C API."""
 
     def build_extension(self, extension: Extension) -> None:
         nvcc = shutil.which("nvcc")
-        if nvcc is not None:
+        if nvcc is not None and CUDA_TARGETS:
             self.add_cuda(extension, Path(nvcc))
         super().build_extension(extension)
 
     def add_cuda(self, extension: Extension, nvcc: Path) -> None:
         """Compile the GPU kernels, which know no torch, and link CUDA's runtime in."""
-        targets = [f"-gencode=arch=compute_{t},code=sm_{t}" for t in CUDA_TARGETS]
-        targets.append("-gencode=arch=compute_{0},code=compute_{0}".format(CUDA_TARGETS[-1]))
         for source in CUDA_SOURCES:
             target = Path(self.build_temp) / f"{Path(source).stem}.cuda.o"
             target.parent.mkdir(parents=True, exist_ok=True)
             options = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
-            self.spawn([str(nvcc), *options, *targets, "-c", source, "-o", str(target)])
+            self.spawn([str(nvcc), *options, *code_for(source), "-c", source, "-o", str(target)])
             extension.extra_objects.append(str(target))
         extension.define_macros.append(("AUTO_GPTQ_CUDA", "1"))
         extension.library_dirs += cuda_libraries(nvcc)

@@ -9,6 +9,8 @@
     ├── UnsupportedModelError    nothing is known about this kind of model     (TypeError)
     ├── ModuleShapeError         a linear's shape cannot be packed             (ValueError)
     ├── NumericsError            NaN or infinity where numbers were expected   (ArithmeticError)
+    │   └── FactorizationError   a Hessian without a Cholesky factor           (ArithmeticError)
+    ├── StorageError             the disk is full                              (OSError)
     ├── QuantizedStateError      quantizing twice, saving what is not packed   (OSError)
     ├── MissingLibraryError      a feature's optional library is absent        (ImportError)
     ├── DerivedWeightError       writing into a quantized layer's weight       (NotImplementedError)
@@ -58,6 +60,14 @@ class ModuleShapeError(AutoGPTQError, ValueError):
 
 class NumericsError(AutoGPTQError, ArithmeticError):
     """NaN or infinity in weights, activations or a Hessian."""
+
+
+class FactorizationError(NumericsError):
+    """A Hessian that is not positive definite at any damping."""
+
+
+class StorageError(AutoGPTQError, OSError):
+    """A file could not be written for lack of room."""
 
 
 class QuantizedStateError(AutoGPTQError, OSError):

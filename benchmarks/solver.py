@@ -6,13 +6,17 @@ Compared, where it is installed, with llm-compressor's solver in the same run.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import peers
 import torch
 from measure import save, table
 
@@ -68,6 +72,37 @@ def against_fp64(size: int, device: str) -> float:
     return float(squared_error(weight, found.dequantize(), hessian) / theirs)
 
 
+@contextmanager
+def with_triton() -> Iterator[bool]:
+    """Let Triton's kernels take the place of the compiled ones, where there are any."""
+    if importlib.util.find_spec("triton") is None or not torch.cuda.is_available():
+        yield False
+        return
+    from auto_gptq.kernels import triton_solver
+
+    names = ("solve_columns", "fit_grids")
+    patches = [mock.patch.object(torch.ops.auto_gptq, n, getattr(triton_solver, n)) for n in names]
+    for patch in patches:
+        patch.start()
+    try:
+        yield True
+    finally:
+        for patch in patches:
+            patch.stop()
+
+
+def peer_row(
+    weight: torch.Tensor, hessian: torch.Tensor, act_order: bool, like: dict[str, Any]
+) -> dict[str, Any]:
+    work = peers.solver(weight, hessian, act_order)
+    return like | {
+        "variant": f"{peers.NAME}, min-max{', act-order' if act_order else ''}",
+        "ms": milliseconds(work),
+        "of it factorization": 0.0,
+        "error": float(squared_error(weight, work(), hessian)),
+    }
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--scale", type=int, default=1, help="divide all sizes by this")
@@ -81,6 +116,7 @@ def main() -> None:
     print(
         f"squared error / that of plain fp64 GPTQ at the same scales: {exactness:.6f}", flush=True
     )
+    with_peer = peers.installed() and device == "cuda"
     for n, k in SHAPES:
         weight, hessian = problem(n // options.scale, k // options.scale, device)
         with tensor_cores():
@@ -99,6 +135,19 @@ def main() -> None:
                 }
             )
             print(rows[-1], flush=True)
+        with with_triton() as there:
+            if there:
+                settings = VARIANTS["act-order, static groups"]
+                ms = milliseconds(lambda w=weight, h=hessian, s=settings: solve(w, h, s))
+                found = solve(weight, hessian, settings).dequantize()
+                error = float(squared_error(weight, found, hessian))
+                name = "act-order, static groups, Triton"
+                rows.append(rows[-2] | {"variant": name, "ms": ms, "error": error})
+                print(rows[-1], flush=True)
+        if with_peer:
+            for act_order in (False, True):
+                rows.append(peer_row(weight, hessian, act_order, rows[-1]))
+                print(rows[-1], flush=True)
     print(table(rows))
     content = {"error / error of plain fp64 GPTQ, 4096x4096": exactness, "rows": rows}
     print(save(f"solver-{device}", content, options.results))

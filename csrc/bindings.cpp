@@ -2,7 +2,6 @@
 //
 // One binary serves every torch from 2.10 on, with or without CUDA: it uses the stable ABI alone.
 // auto_gptq/kernels/ops.py defines the schemas.
-#include <array>
 #include <vector>
 
 #include "bindings.h"
@@ -123,15 +122,6 @@ std::optional<Tensor> slice(const std::optional<Tensor>& bias, int64_t begin, in
   return torch::stable::narrow(all, 0, begin, count);
 }
 
-Tensor dense_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x),
-                                    torch::stable::detail::from(weight),
-                                    torch::stable::detail::from(bias)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
 // Many rows: unfold a panel of the weight, multiply by it, go on.  The whole fp32 weight would be
 // fresh pages from the system at every call, which costs more than the unfolding.
 Tensor multiply_many_rows(const Weight& weight,
@@ -149,7 +139,7 @@ Tensor multiply_many_rows(const Weight& weight,
     const int64_t count = std::min(width, packed.n - n);
     write_dense(packed, n, n + count, panel, auto_gptq::kFloat32);
     const Tensor product =
-        dense_linear(x, torch::stable::narrow(panel, 0, 0, count), slice(bias, n, count));
+        linear(x, torch::stable::narrow(panel, 0, 0, count), slice(bias, n, count));
     Tensor columns = torch::stable::narrow(rows, 1, n, count);
     torch::stable::copy_(columns, product);
   }

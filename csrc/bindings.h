@@ -9,6 +9,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <array>
 #include <optional>
 #include <string>
 
@@ -73,6 +74,15 @@ inline Tensor as_float(const Tensor& tensor) {
   return as_contiguous(tensor.scalar_type() == ScalarType::Float
                            ? tensor
                            : torch::stable::to(tensor, ScalarType::Float));
+}
+
+inline Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x),
+                                    torch::stable::detail::from(weight),
+                                    torch::stable::detail::from(bias)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 // Call work(n_begin, n_end) in parallel for ranges that make up [begin, end), all multiples of 32.

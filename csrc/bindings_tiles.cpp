@@ -1,7 +1,6 @@
 // torch.ops.auto_gptq.repack_tiles, dequantize_tiles and q_matmul on NVIDIA GPUs.
 #include "bindings_tiles.h"
 
-#include <array>
 #include <vector>
 
 #include "bindings_cuda.h"
@@ -66,13 +65,35 @@ Tensor dequantize_tiles(const Tensor& tiles,
   return dequantize_rows(weight, 0, n, dtype);
 }
 
-Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x),
-                                    torch::stable::detail::from(weight),
-                                    torch::stable::detail::from(bias)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+// Bytes of dense weight that exist at once where there are many rows of x: they stay in the L2 cache
+// between the kernel that writes them and the product that reads them.
+constexpr int64_t kPanelBytes = 16 << 20;
+
+// From so many rows on, panels cost less than they save (measured on an H100).
+constexpr int64_t kRowsForPanels = 2048;
+
+// Unfold a panel of the weight, multiply by it, go on.
+Tensor multiply_panels(const TiledWeight& weight,
+                       const Tensor& x,                      // [M, K]
+                       const std::vector<int64_t>& shape) {  // of the result, M * N in all
+  const int64_t k = weight.tiled.k, n = weight.tiled.n;
+  const int64_t width =
+      std::max<int64_t>(kPanelBytes / static_cast<int64_t>(x.element_size()) / k / kTile, 1) * kTile;
+  Tensor y = torch::stable::new_empty(x, shape);
+  Tensor rows = torch::stable::view(y, {x.size(0), n});
+  for (int64_t begin = 0; begin < n; begin += width) {
+    const int64_t end = std::min(begin + width, n);
+    Tensor panel = dequantize_rows(weight, begin, end, x.scalar_type());
+    Tensor columns = torch::stable::narrow(rows, 1, begin, end - begin);
+    std::array<StableIValue, 3> stack{
+        torch::stable::detail::from(x),
+        torch::stable::detail::from(torch::stable::transpose(panel, 0, 1)),
+        torch::stable::detail::from(columns)};
+    TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+    torch::stable::detail::to<Tensor>(stack[0]);  // owns a reference
+  }
+  return y;
 }
 
 Tensor q_matmul(const Tensor& x,
@@ -112,6 +133,9 @@ Tensor q_matmul(const Tensor& x,
   const auto_gptq::Plan plan = is_plain
                                    ? auto_gptq::Plan{}
                                    : auto_gptq_cuda_plan(&product, x.get_device_index());
+  if (!plan.launch && m >= kRowsForPanels && !addend && k > 0 && n > 0) {
+    return multiply_panels(weight, torch::stable::reshape(x, {m, k}), shape);
+  }
   if (!plan.launch) {
     return linear(x, dequantize_rows(weight, 0, n, x.scalar_type()), addend);
   }

@@ -71,6 +71,15 @@ inline void check_perm(const Tensor& perm, const Tensor& beside, int64_t k) {
                   ", but must be [K] = [", k, "].");
 }
 
+inline void check_tiles(const Tensor& tiles, int64_t bits, int64_t k, int64_t n) {
+  check_type("tiles", tiles, ScalarType::Int);
+  const int64_t rows = padded(n) / kTile, columns = padded(k) / kTile;
+  STD_TORCH_CHECK(tiles.dim() == 3 && tiles.size(0) == rows && tiles.size(1) == columns &&
+                      tiles.size(2) == 128 * bits,
+                  "tiles is ", shape_of(tiles), ", but must be [", rows, ", ", columns, ", ",
+                  128 * bits, "].");
+}
+
 inline TiledWeight check_tiled(const Tensor& tiles,
                                const Tensor& scales,
                                const std::optional<Tensor>& zeros,
@@ -82,11 +91,7 @@ inline TiledWeight check_tiled(const Tensor& tiles,
   check_settings(bits, group_size, k, n);
   auto_gptq::Tiled tiled = describe_tiled(bits, group_size, k, n);
   const int64_t width = padded(n);
-  check_type("tiles", tiles, ScalarType::Int);
-  STD_TORCH_CHECK(tiles.dim() == 3 && tiles.size(0) == width / kTile &&
-                      tiles.size(1) == padded(k) / kTile && tiles.size(2) == 128 * bits,
-                  "tiles is ", shape_of(tiles), ", but must be [", width / kTile, ", ",
-                  padded(k) / kTile, ", ", 128 * bits, "].");
+  check_tiles(tiles, bits, k, n);
   check_beside("scales", scales, tiles);
   check_floating("scales", scales.scalar_type());
   check_matrix("scales", scales, tiled.groups, width, "[G, N padded to 64]");

@@ -13,7 +13,7 @@ namespace auto_gptq {
 
 enum DataType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
-enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vnni = 3 };
 
 // One packed weight, all buffers contiguous: W[n, k] = (code[k, n] - zero[g, n]) * scale[g, n] with
 // g = g_idx[k] and zero = (stored + zero_offset) modulo 2^bits.
@@ -81,6 +81,18 @@ struct Tiled {
   DataType scale_type;
 };
 
+// Rows of x in whole numbers times scales.  They are in the order of the codes, in which the inputs
+// of a tile have two halves, steps 0 and 1 and steps 2 and 3.
+struct Rounded {
+  int64_t m;      // M
+  int32_t terms;  // 1: numbers of 8 bits.  2: numbers of 15 bits, 128 h + l
+  int32_t few;    // 1: in the order for few rows, which takes two terms
+  int32_t unit;   // tiles that share a scale, 1 or 2; with one term each half has its own
+  int8_t* codes;  // [M, K' / 64, terms, auto_gptq_cpu_bytes_of_x()]
+  float* scales;  // [M, K' / 64, 2]
+  float* sums;    // [M, K' / 64, 2] sums of x as it is after rounding
+};
+
 // y = x W^T + bias on a GPU.
 struct Product {
   Tiled weight;
@@ -140,6 +152,44 @@ AUTO_GPTQ_API void auto_gptq_cpu_q_linear(
     int64_t n_begin,
     int64_t n_end,
     auto_gptq::Isa isa);
+
+// Bytes of rounded x per tile and term.
+AUTO_GPTQ_API int64_t auto_gptq_cpu_bytes_of_x(int32_t bits, int32_t few);
+
+// Round rows [begin, end) of x into buffers that are as Rounded says.
+AUTO_GPTQ_API void auto_gptq_cpu_round(const auto_gptq::Tiled* weight,
+                                       const float* x,  // [M, K]
+                                       const auto_gptq::Rounded* rounded,
+                                       int64_t begin,
+                                       int64_t end,
+                                       auto_gptq::Isa isa);
+
+// Add x W^T to columns [n_begin, n_end) of y; both are multiples of 16.
+AUTO_GPTQ_API void auto_gptq_cpu_multiply_tiles(const auto_gptq::Tiled* weight,
+                                                const auto_gptq::Rounded* x,
+                                                float* y,  // in and out [M, N]
+                                                int64_t n_begin,
+                                                int64_t n_end,
+                                                auto_gptq::Isa isa);
+
+// Lay packed codes out in tiles, and back; n_begin and n_end are multiples of 64 (n_end may be N).
+AUTO_GPTQ_API void auto_gptq_cpu_repack_tiles(
+    const int32_t* qweight,          // [K / 32 * bits, N]
+    const auto_gptq::Tiled* weight,  // only its sizes and perm are read
+    uint32_t* tiles,                 // out [N' / 64, K' / 64, 128 * bits]
+    int64_t n_begin,
+    int64_t n_end);
+AUTO_GPTQ_API void auto_gptq_cpu_unrepack_tiles(const auto_gptq::Tiled* weight,
+                                                int32_t* qweight,  // out [K / 32 * bits, N]
+                                                int64_t n_begin,
+                                                int64_t n_end);
+
+// Write rows [n_begin, n_end) of the dense weight; both are multiples of 16.
+AUTO_GPTQ_API void auto_gptq_cpu_dequantize_tiles(
+    const auto_gptq::Tiled* weight,  // columns stay sorted by group where perm is null
+    float* dense,                    // out [n_end - n_begin, K]
+    int64_t n_begin,
+    int64_t n_end);
 
 // Fit every group for the outputs [n_begin, n_end).
 AUTO_GPTQ_API void auto_gptq_cpu_fit_grids(const auto_gptq::Fit* fit,

@@ -25,6 +25,7 @@ ORDER = [
     "checkpoint",
     "calibration",
     "pipeline",
+    "generation",
     "modeling",
     "integrations",
     "evaluation",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import NumericsError
+from .activations import Activations
 from .examples import Batch, model_inputs
 
 
@@ -46,7 +46,7 @@ class BlockCall:
 class Captured:
     """The hidden states that enter block 0, and every block's call, per batch."""
 
-    hidden: list[Tensor]  # per batch: [B, T, hidden size]
+    hidden: Activations  # per batch: [B, T, hidden size]
     calls: list[list[BlockCall]]  # per block, per batch
     keep: list[Tensor | None]  # per batch: [B, T] bool, False where padded; None if nowhere
     outputs: int = 0  # how many values a block gives in a tuple; 0 for hidden states alone
@@ -56,28 +56,33 @@ class _Reached(Exception):
     """Ends a forward pass after what is wanted was noted."""
 
 
-def capture(model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Batch]) -> Captured:
+def capture(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    batches: Sequence[Batch],
+    hidden: Activations | None = None,
+) -> Captured:
     """Run everything before the blocks; the blocks themselves hand their input through.
 
     Each block's own arguments are kept, because a model may give its blocks different ones (masks
     of sliding and full attention, say).  Only the very first batch runs through block 0 for real,
     to see whether blocks return a tensor or a tuple.
 
+    :param hidden: where hidden states go, as long as it is empty; None for where they arise
     :raises NumericsError: if the hidden states hold NaN or infinity
     """
-    device = next(model.parameters()).device
-    result = Captured([], [[] for _ in blocks], [])
+    first = next(model.parameters())
+    device = first.device if hidden is None else hidden.device
+    if hidden is None:
+        hidden = Activations(device, first.dtype, 0, home="device")
+    result = Captured(hidden, [[] for _ in blocks], [])
     with _recording(blocks, result):
         for batch in batches:
             mask = batch.attention_mask.to(device)
             with suppress(_Reached):
                 model(**model_inputs(model, batch, device))
-            result.keep.append(None if bool(mask.all()) else mask.bool())
-            if not torch.isfinite(result.hidden[-1]).all():
-                raise NumericsError(
-                    f"The hidden states before the first block hold NaN or infinity "
-                    f"(batch {len(result.hidden) - 1}). Are the model's weights intact?"
-                )
+            result.keep.append(None if bool(batch.attention_mask.all()) else mask.bool())
+    result.hidden.check_finite("The hidden states before the first block")
     return result
 
 
@@ -85,7 +90,8 @@ def trace(model: nn.Module, blocks: Sequence[nn.Module], tokens: int) -> Capture
     """Do the same with one row of tokens, without looking at values: meta tensors will do."""
     first = next(model.parameters())
     ids = torch.arange(tokens, device=first.device)[None]
-    result = Captured([], [[] for _ in blocks], [None])
+    hidden = Activations(first.device, first.dtype, 0, home="device")
+    result = Captured(hidden, [[] for _ in blocks], [None])
     inputs = model_inputs(model, Batch(ids, torch.ones_like(ids)), first.device)
     if first.is_meta and "attention_mask" in inputs:
         # Of another one transformers would look at the values.
@@ -106,7 +112,7 @@ def capture_head(
 
     The model itself runs what lies between: usually a norm, sometimes a projection.
     """
-    device = captured.hidden[0].device
+    device = captured.hidden.device
 
     def note(_head: nn.Module, args: tuple[Tensor, ...]) -> None:
         captured.hidden[index] = args[0]

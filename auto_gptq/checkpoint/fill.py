@@ -58,7 +58,7 @@ def fill(
     for name, layout in layouts.items():
         slots |= _packed_slots(name, model.get_submodule(name), layout, name in contiguous)
     _check(model, slots, headers)
-    tied = _tied_names(model)
+    tied = tied_names(model)
 
     def take(name: str, tensor: Tensor) -> None:
         # One name of a tied parameter may be all there is, and not that which others are tied to.
@@ -174,7 +174,7 @@ def _take_dense(owner: nn.Module, leaf: str, torch_dtype: torch.dtype, tensor: T
 
 def _check(model: nn.Module, slots: dict[str, _Slot], headers: Mapping[str, Header]) -> None:
     """Compare the checkpoint's tensors with the model's before any is loaded."""
-    tied = _tied_names(model)
+    tied = tied_names(model)
     missing = sorted(
         name
         for name, slot in slots.items()
@@ -218,7 +218,7 @@ def _check_header(name: str, slot: _Slot, header: Header) -> None:
         )
 
 
-def _tied_names(model: nn.Module) -> dict[str, set[str]]:
+def tied_names(model: nn.Module) -> dict[str, set[str]]:
     """Give, for each parameter's name, all names of the same parameter."""
     names: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

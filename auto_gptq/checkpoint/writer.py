@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -14,12 +15,13 @@ from pathlib import Path
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, StorageError
 from .safetensors_file import Outgoing, write_file
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _INDEX = ".index.json"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ def staged(folder: Path, replaces: str = "") -> Iterator[Path]:
 
     :param replaces: pattern of the names of an older checkpoint's files, which are then removed
         where no new file has taken their name: a left-over index would lead to old shards
+    :raises StorageError: (an OSError) if the disk is full
     """
     existed = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,12 +59,22 @@ def staged(folder: Path, replaces: str = "") -> Iterator[Path]:
         new = sorted(stage.iterdir(), key=lambda path: (path.suffix == ".json", path.name))
         for path in new:
             _flush(path)
+        for path in new:
             path.replace(folder / path.name)
+        _flush(folder)
         names = {path.name for path in new}
         old = [p for p in folder.iterdir() if re.fullmatch(replaces, p.name) and p.is_file()]
         for path in sorted(old, key=lambda path: path.suffix != ".json"):  # indexes first
             if path.name not in names:
                 path.unlink()
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise StorageError(
+            f"There is no room to write into {folder} ({error.strerror}; "
+            f"{shutil.disk_usage(folder).free / 1e9:.2f} GB are free). Nothing there has changed. "
+            "Make room and call again; with a work_dir, finished blocks are not solved again."
+        ) from error
     finally:
         shutil.rmtree(stage)
         if not existed and not any(folder.iterdir()):
@@ -143,6 +156,9 @@ def _shards(tensors: Mapping[str, Outgoing], most: int | None) -> list[list[str]
 
 
 def _flush(path: Path) -> None:
-    """Make a file's bytes durable before its name is."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """Make a file's bytes, or a folder's names, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -47,6 +47,8 @@ def pack(
             f"{codes.shape[0]} codes of {bits} bits cannot be packed: "
             f"the packed dimension must be a multiple of {CODES_PER_STREAM}."
         )
+    if 8 % bits == 0:
+        return _pack_bytes(codes.to(torch.uint8), bits)
     streams = codes.to(torch.int32).unflatten(0, (-1, CODES_PER_STREAM))
     words = torch.zeros(
         (streams.shape[0], bits, *codes.shape[1:]), dtype=torch.int32, device=codes.device
@@ -56,6 +58,21 @@ def pack(
         if place.spill:
             words[:, place.word + 1] |= streams[:, i] >> (bits - place.spill)
     return words.flatten(0, 1)
+
+
+def _pack_bytes(
+    codes: Tensor,  # [n, ...] uint8
+    bits: int,
+) -> Tensor:  # [n / 32 * bits, ...] int32
+    """Pack codes of which whole numbers fill a byte: a quarter of the memory traffic of words."""
+    streams = codes.unflatten(0, (-1, 4, 8 // bits))  # words, their bytes, codes in a byte
+    packed = streams[:, :, 0].clone()
+    for i in range(1, 8 // bits):
+        packed |= streams[:, :, i] << (bits * i)
+    # A clone, not contiguous(): that keeps the strides of dimensions of size 1, which view refuses.
+    bytes_last = packed.movedim(1, -1).clone(memory_format=torch.contiguous_format)
+    words: Tensor = bytes_last.view(torch.int32).squeeze(-1)
+    return words
 
 
 def unpack(

@@ -203,10 +203,9 @@ def read_codes(
 
 def tile_zeros(qzeros: Tensor, bits: int, zero_offset: int) -> Tensor | None:  # [G, N'] uint8
     """Give the zero points, or None if each is the middle code."""
-    zeros = unpack_zeros(qzeros, bits, zero_offset)
-    if bool((zeros == 1 << (bits - 1)).all()):
-        return None
-    return pad(zeros.to(torch.uint8), 1)
+    zeros = pad(unpack_zeros(qzeros, bits, zero_offset).to(torch.uint8), 1)
+    middle = zeros[:, : qzeros.shape[1] * 32 // bits] == 1 << (bits - 1)
+    return None if bool(middle.all()) else zeros
 
 
 def untile_zeros(tiled: TileTensors, bits: int, zero_offset: int, out_features: int) -> Tensor:
@@ -283,6 +282,13 @@ _PLANES = {
     4: (_Plane(4, 0),),
     8: (_Plane(8, 0),),
 }
+
+
+def place_order(run: int, in_features: int) -> Tensor:
+    """Give the places of all tiles' inputs, padding included, one step of a tile after another."""
+    tiles = -(-in_features // SIDE)
+    order = torch.tensor(_order_of(run))
+    return (torch.arange(tiles)[:, None] * SIDE + order).flatten()
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import quantization_config as theirs
 
 from ..errors import QuantizedStateError
-from ..nn_modules.surgery import dequantize
+from ..nn_modules.surgery import dequantize, prepare
 from ..quantization.config import BaseQuantizeConfig
 from . import hf_load
 
@@ -88,6 +88,7 @@ class AutoGPTQHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
         if self._skeleton is not None:
             hf_load.finish(model, self._skeleton)
+            prepare(model)
             self._skeleton = None
         elif not self.pre_quantized:
             from .hf_quantize import quantize_loaded

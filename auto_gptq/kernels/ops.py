@@ -189,7 +189,7 @@ _define("q_matmul", f"Tensor x, {_TILES}, Tensor? bias, {_TILED}", reference.q_m
 
 
 @torch.library.register_fake("auto_gptq::q_matmul", lib=_library)
-def _(
+def _fake_q_matmul(
     x: Tensor,
     tiles: Tensor,
     scales: Tensor,
@@ -204,6 +204,11 @@ def _(
     return x.new_empty((*x.shape[:-1], out_features))
 
 
+# The same with x in 8 bits.
+_define("q_matmul_int8", f"Tensor x, {_TILES}, Tensor? bias, {_TILED}", reference.q_matmul_int8)
+torch.library.register_fake("auto_gptq::q_matmul_int8", _fake_q_matmul, lib=_library)
+
+
 def _keep_tiles(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[1:5])
     ctx.settings = inputs[6:]
@@ -215,6 +220,7 @@ def _backward_tiles(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad @ weight, None, None, None, None, grad_bias, None, None, None, None
 
 
-torch.library.register_autograd(
-    "auto_gptq::q_matmul", _backward_tiles, setup_context=_keep_tiles, lib=_library
-)
+for _name in ("q_matmul", "q_matmul_int8"):
+    torch.library.register_autograd(
+        f"auto_gptq::{_name}", _backward_tiles, setup_context=_keep_tiles, lib=_library
+    )

@@ -8,7 +8,14 @@ from torch import Tensor
 
 from ..formats.gptq import trivial_g_idx, unpack_codes, unpack_zeros
 from ..formats.grid import Grid, GridRule
-from ..formats.tiles import read_codes, tile_codes, untile_codes
+from ..formats.tiles import (
+    pad,
+    place_order,
+    read_codes,
+    run_length,
+    tile_codes,
+    untile_codes,
+)
 
 
 def dequantize(
@@ -103,6 +110,47 @@ def q_matmul(
     settings = bits, group_size, in_features, out_features
     weight = dequantize_tiles(tiles, scales, zeros, perm, *settings, x.dtype)
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def q_matmul_int8(
+    x: Tensor,  # [..., K]
+    tiles: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    perm: Tensor | None,
+    bias: Tensor | None,  # [N]
+    bits: int,
+    group_size: int,
+    in_features: int,
+    out_features: int,
+) -> Tensor:  # [..., N] in the dtype of x
+    """Multiply ``x``, with 32 inputs at a time rounded to 8 bits, by the dequantized weight."""
+    settings = bits, group_size, in_features, out_features
+    rounded = round_inputs(x.to(torch.float32), perm, group_size)
+    return q_matmul(rounded, tiles, scales, zeros, perm, bias, *settings).to(x.dtype)
+
+
+def round_inputs(
+    x: Tensor,  # [..., K] fp32
+    perm: Tensor | None,  # [K] int32
+    group_size: int,
+) -> Tensor:  # [..., K] fp32
+    """Round to whole numbers of -127 to 127 times a scale, which 32 inputs of a tile share."""
+    in_features = x.shape[-1]
+    place = torch.arange(in_features, device=x.device) if perm is None else perm.long()
+    order = place_order(run_length(group_size, in_features), in_features).to(x.device)
+    padded = pad(x.flatten(0, -2)[:, place], 1)
+    blocks = padded[:, order].unflatten(1, (-1, 32))
+    largest = blocks.abs().amax(2, keepdim=True)
+    inverse = torch.where(largest > 1e-30, 127 / largest, 0)
+    rounded = torch.empty_like(padded)
+    rounded[:, order] = ((blocks * inverse).round() * (largest / 127)).flatten(1)
+    return (
+        torch.empty_like(x)
+        .flatten(0, -2)
+        .index_copy_(1, place, rounded[:, :in_features])
+        .view(x.shape)
+    )
 
 
 def q_linear_experts(

@@ -11,17 +11,19 @@ import torch
 from torch import nn
 
 from .. import _old_names
-from .._version import __version__
 from ..architectures import Architecture, knows
 from ..calibration.examples import make_batches
+from ..checkpoint.blocks import DiskWeights
 from ..checkpoint.writer import Files
 from ..errors import QuantizedStateError
+from ..generation.generate import generate
 from ..nn_modules.experts import unfuse
 from ..nn_modules.surgery import prepare
 from ..pipeline.discover import find_or_discover
 from ..pipeline.fit import fit_settings
 from ..pipeline.quantize import quantize_model
-from ..pipeline.report import ModuleReport
+from ..pipeline.ranks import Ranks
+from ..pipeline.report import ModuleReport, write_report
 from ..quantization.config import QUANTIZE_BLACK_LIST, BaseQuantizeConfig
 from . import load
 from ._const import SUPPORTED_MODELS
@@ -37,7 +39,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
-
 
 __getattr__ = _old_names.getter(__name__)
 
@@ -86,6 +87,8 @@ class BaseGPTQForCausalLM(FormerMethods):
         self.calibration_rows = 0  # filled by quantize()
         self.perplexity: dict[str, float] = {}  # yours to fill: text → value, for the model card
         self._source: Source | None = None  # where the model came from, if it was loaded
+        self._disk: DiskWeights | None = None  # where its weights are, if not in memory
+        self._saves = True  # False on all ranks but one that have quantized it together
 
     @property
     def quantized(self) -> bool:
@@ -142,12 +145,23 @@ class BaseGPTQForCausalLM(FormerMethods):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the wrapped model."""
+        self._check_in_memory()
         return self.model(*args, **kwargs)
 
     def generate(self, **kwargs: Any) -> Any:
-        """Generate with the wrapped model; takes keyword arguments only, as AutoGPTQ's did."""
+        """Do what the wrapped model's ``generate`` does, with a faster loop where there is one.
+
+        Takes keyword arguments only, as AutoGPTQ's did.
+        """
+        self._check_in_memory()
         with torch.inference_mode():
-            return self.model.generate(**kwargs)  # type: ignore[operator]
+            return generate(self.model, **kwargs)
+
+    def _check_in_memory(self) -> None:
+        if self._disk is not None:
+            raise QuantizedStateError(
+                "The model's weights are on disk. Save it, and load it with from_quantized()."
+            )
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """Call the wrapped model's method of that name."""
@@ -209,8 +223,11 @@ class BaseGPTQForCausalLM(FormerMethods):
             batches,
             show_progress=show_progress,
             work_dir=work_dir,
+            disk=self._disk,
         )
-        prepare(self.model)
+        self._saves = Ranks.current().is_first
+        if self._disk is None:
+            prepare(self.model)
         self.calibration_rows = sum(len(batch.input_ids) for batch in batches)
         self._quantized = True
 
@@ -234,31 +251,21 @@ class BaseGPTQForCausalLM(FormerMethods):
         """
         if not self.quantized:
             raise QuantizedStateError("The model is not quantized yet; call quantize() first.")
+        if not self._saves:
+            return
         save_checkpoint(
             self.model,
             self.quantize_config,
             save_dir,
-            version=__version__,
             files=Files(use_safetensors, max_shard_size),
             safetensors_metadata=safetensors_metadata,
             checkpoint_format=checkpoint_format,
             source=self._source,
+            disk=self._disk,
         )
+        if self.report:
+            write_report(self.report, Path(save_dir), self.quantize_config.damp_percent)
         self.quantize_config.model_name_or_path = str(save_dir)
-
-    def save_pretrained(
-        self,
-        save_dir: str | Path,
-        use_safetensors: bool = True,
-        safetensors_metadata: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Do what :meth:`save_quantized` does, under transformers' name.
-
-        Of its other arguments only ``max_shard_size`` and ``checkpoint_format`` mean anything.
-        """
-        known = {k: kwargs[k] for k in ("max_shard_size", "checkpoint_format") if k in kwargs}
-        self.save_quantized(save_dir, use_safetensors, safetensors_metadata, **known)
 
     def push_to_hub(
         self,
@@ -307,6 +314,8 @@ class BaseGPTQForCausalLM(FormerMethods):
 
         :param max_memory: bytes per device ({0: "20GIB", "cpu": "30GIB"}); given that, the model
             is spread over those devices
+        :param device_map: among ``model_init_kwargs``; "disk" leaves the weights in their files,
+            for models larger than memory: quantize(..., work_dir=folder) reads a block at a time
         """
         model_config = load.load_config(
             pretrained_model_name_or_path, trust_remote_code, **model_init_kwargs
@@ -316,10 +325,12 @@ class BaseGPTQForCausalLM(FormerMethods):
         torch_dtype = as_dtype(model_init_kwargs.pop("dtype", torch_dtype)) or torch.float16
         if max_memory is not None:
             model_init_kwargs |= {"max_memory": max_memory, "device_map": "auto"}
-        model = load.load_dense(
+        opened = model_init_kwargs.get("device_map") == "disk"
+        model, disk = (load.open_dense if opened else load.load_dense)(
             pretrained_model_name_or_path, torch_dtype, trust_remote_code, **model_init_kwargs
         )
         wrapper = cls(model, False, quantize_config)
+        wrapper._disk = disk
         wrapper._source = Source.of(pretrained_model_name_or_path, model_init_kwargs)
         wrapper._set_seqlen()
         return wrapper

@@ -1,7 +1,8 @@
-"""Methods of AutoGPTQ's models that have little or nothing left to do."""
+"""Methods of AutoGPTQ's models that have little or nothing to do, or are other names."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,7 @@ class FormerMethods(nn.Module):
     """What scripts still call on a wrapper with a ``model``."""
 
     model: Any
+    save_quantized: Any
 
     def warmup_triton(self, enabled: bool = True) -> None:
         """Do nothing: there is nothing to tune before a kernel runs."""
@@ -31,6 +33,20 @@ class FormerMethods(nn.Module):
     def disable_trainable_mode(self) -> None:
         """Take ``trainable`` back."""
         self.enable_trainable_mode(enabled=False)
+
+    def save_pretrained(
+        self,
+        save_dir: str | Path,
+        use_safetensors: bool = True,
+        safetensors_metadata: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Do what ``save_quantized`` does, under transformers' name.
+
+        Of its other arguments only ``max_shard_size`` and ``checkpoint_format`` mean anything.
+        """
+        known = {k: kwargs[k] for k in ("max_shard_size", "checkpoint_format") if k in kwargs}
+        self.save_quantized(save_dir, use_safetensors, safetensors_metadata, **known)
 
     @staticmethod
     def make_sure_compatible_with_peft(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import hub
+from ..checkpoint.blocks import DiskWeights
 from ..checkpoint.fill import fill, some
 from ..checkpoint.layouts import find_packed
 from ..checkpoint.names import converted, convertible, in_model, packed_owners
@@ -36,14 +37,32 @@ if TYPE_CHECKING:
 
 def load_dense(
     source: str | Path, torch_dtype: torch.dtype, trust_remote_code: bool, **kwargs: Any
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, None]:
     """Load a full-precision model with transformers."""
     config = load_config(source, trust_remote_code, **kwargs)
     model: PreTrainedModel = auto_class(config).from_pretrained(
         source, dtype=torch_dtype, trust_remote_code=trust_remote_code, **kwargs
     )
     model.eval()
-    return model
+    return model, None
+
+
+def open_dense(
+    source: str | Path, torch_dtype: torch.dtype, trust_remote_code: bool, **kwargs: Any
+) -> tuple[PreTrainedModel, DiskWeights]:
+    """Build a full-precision model without its weights, and say where these lie on disk.
+
+    :raises MissingFileError: if there are no safetensors files
+    :raises CheckpointError: if these do not hold what the model needs
+    """
+    weights = find_weights(source, ["model"], [".safetensors"], **kwargs)
+    model_config = load_config(source, trust_remote_code, **kwargs)
+    if kwargs.get("attn_implementation"):
+        model_config._attn_implementation = kwargs["attn_implementation"]
+    model = skeleton(model_config, torch_dtype, trust_remote_code)
+    unfuse(model)  # experts lie one by one
+    model.eval()
+    return model, DiskWeights(model, weights, torch_dtype)
 
 
 def load_config(source: str | Path, trust_remote_code: bool, **kwargs: Any) -> PretrainedConfig:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import copy
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
+from .._version import __version__
+from ..checkpoint.blocks import DiskWeights
 from ..checkpoint.layouts import WRITABLE, encode
 from ..checkpoint.names import dense_on_disk, on_disk
 from ..checkpoint.reader import WeightFiles
@@ -41,11 +46,11 @@ def save_checkpoint(
     config: BaseQuantizeConfig,
     save_dir: str | Path,
     *,
-    version: str,
     files: Files,
     safetensors_metadata: dict[str, Any] | None = None,
     checkpoint_format: str | None = None,
     source: Source | None = None,
+    disk: DiskWeights | None = None,
 ) -> None:
     """Write weights, their settings, ``config.json`` and what else the model came with.
 
@@ -53,14 +58,15 @@ def save_checkpoint(
 
     :param checkpoint_format: "gptq", "gptq_v2" or "marlin"; None for what the settings say
     :param source: where the tokenizer's files are copied from
+    :param disk: where the weights are, if they are not in memory
     :raises ConfigError: if the metadata is not a dict, or the format or size is none
     :raises CheckpointError: naming the layer that the format cannot hold
     """
     folder = Path(save_dir)
     base_name = config.model_file_base_name or default_base_name(config)
     settings = saved_config(config, model, checkpoint_format)
-    metadata = _metadata(settings, version, safetensors_metadata)
-    tensors = _tensors(model, settings.checkpoint_format)
+    metadata = _metadata(settings, safetensors_metadata)
+    tensors = _tensors(model, settings.checkpoint_format, disk)
     with staged(folder, replaces=file_pattern(base_name, files)) as stage:
         write_weights(tensors, stage, base_name, metadata=metadata, files=files)
         (stage / "config.json").write_text(_model_config(model, settings), encoding="utf-8")
@@ -130,7 +136,9 @@ def _quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
 
 
-def _tensors(model: nn.Module, checkpoint_format: str) -> dict[str, Outgoing]:
+def _tensors(
+    model: nn.Module, checkpoint_format: str, disk: DiskWeights | None
+) -> dict[str, Outgoing]:
     """Give all tensors of a model by their names on disk, tied parameters and modules once."""
     layers = _quant_linears(model)
     names = on_disk(model, layers)
@@ -142,14 +150,52 @@ def _tensors(model: nn.Module, checkpoint_format: str) -> dict[str, Outgoing]:
         owner = name.rpartition(".")[0]
         if owner in layers:
             if f"{owner}.qweight" == name:  # one buffer stands for all of them
-                encoded = encode(owner, layers[owner], checkpoint_format)
+                encoded = _encoded(owner, layers[owner], checkpoint_format, disk)
                 tensors |= {f"{names[owner]}.{leaf}": value for leaf, value in encoded.items()}
         elif isinstance(every[owner], QuantLinear):
             continue  # it has another name as well
         elif id(tensor) not in written or not isinstance(tensor, nn.Parameter):
             dense[name] = tensor.detach()
         written.add(id(tensor))
-    return tensors | {n: Outgoing.of(t) for n, t in dense_on_disk(model, dense, layers).items()}
+    return tensors | _dense(model, dense, layers, disk)
+
+
+def _dense(
+    model: nn.Module, tensors: dict[str, Tensor], packed: Iterable[str], disk: DiskWeights | None
+) -> dict[str, Outgoing]:
+    """Give dense tensors by their names on disk."""
+    inside = {id(tensor): name for name, tensor in tensors.items()}
+    result = {}
+    for name, tensor in dense_on_disk(model, tensors, packed).items():
+        result[name] = Outgoing.of(tensor)
+        if disk is not None and tensor.is_meta:
+            if id(tensor) not in inside:
+                raise ConfigError(
+                    f"{name} is not stored as the model has it. Load the model without "
+                    "device_map='disk'."
+                )
+            result[name] = disk.outgoing(inside[id(tensor)])
+    return result
+
+
+def _encoded(
+    name: str, layer: QuantLinear, checkpoint_format: str, disk: DiskWeights | None
+) -> dict[str, Outgoing]:
+    """Give a layer's tensors; one on disk is read when it is checked, and when it is written."""
+    if disk is None:
+        return encode(name, layer, checkpoint_format)
+    here = torch.device("cpu")
+    with disk.loaded(layer, name, here):
+        encoded = encode(name, layer, checkpoint_format)
+
+    def made(leaf: str) -> Tensor:
+        with disk.loaded(layer, name, here):
+            return encode(name, layer, checkpoint_format)[leaf].get()
+
+    return {
+        leaf: Outgoing(tensor.dtype, tensor.shape, partial(made, leaf))
+        for leaf, tensor in encoded.items()
+    }
 
 
 def _model_config(model: PreTrainedModel, settings: BaseQuantizeConfig) -> str:
@@ -161,14 +207,12 @@ def _model_config(model: PreTrainedModel, settings: BaseQuantizeConfig) -> str:
     return json.dumps(written, indent=2, sort_keys=True) + "\n"
 
 
-def _metadata(
-    config: BaseQuantizeConfig, version: str, given: dict[str, Any] | None
-) -> dict[str, str]:
+def _metadata(config: BaseQuantizeConfig, given: dict[str, Any] | None) -> dict[str, str]:
     if given is not None and not isinstance(given, dict):
         raise ConfigError(f"safetensors_metadata is a {type(given).__name__}; it must be a dict.")
     return {str(key): str(value) for key, value in (given or {}).items()} | {
         "format": "pt",
-        "auto_gptq_version": version,
+        "auto_gptq_version": __version__,
         "gptq_bits": str(config.bits),
         "gptq_group_size": str(config.group_size),
         "gptq_desc_act": str(config.desc_act),

@@ -2,41 +2,46 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..calibration.activations import Activations
 from ..calibration.capture import BlockCall
 from ..errors import NumericsError
 from ..nn_modules.qlinear.linear import dense_weight
 from ..quantization.hessian import Hessian
 from ..quantization.precision import tensor_cores
-from ..quantization.solver import Solution, SolverOptions, round_to_nearest, solve
-from .exact import Exact, gap_before, same_tokens
+from ..quantization.solver import Solution, SolverOptions
+from .careful import solve_carefully
+from .exact import Exact, gap_before
+from .ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Feed:
-    """What enters a block, per batch."""
+    """What enters a block, per batch, on this rank."""
 
-    hidden: list[Tensor]  # [B, T, hidden size]
+    hidden: Activations  # [B, T, hidden size]
     calls: list[BlockCall]
     keep: list[Tensor | None]  # [B, T] bool, False where padded
+    ranks: Ranks = field(default_factory=Ranks)
     # What enters the block in the full-precision model, for the first batches only.
-    exact: list[Tensor] = field(default_factory=list)
+    exact: Activations = field(default_factory=Activations.none)
 
     def of_exact(self) -> Feed:
         """Give the batches whose full-precision hidden states are kept, with these."""
         count = len(self.exact)
-        return Feed(self.exact, self.calls[:count], self.keep[:count])
+        return Feed(self.exact, self.calls[:count], self.keep[:count], self.ranks)
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Solved:
     error: float
     tokens: int
     seconds: float
+    note: str = ""  # what was done otherwise than asked for
 
 
 def solve_step(
@@ -62,25 +68,24 @@ def solve_step(
     Linears that read the same tensor share one Hessian, and those with the same options also one
     factorization.
     """
-    collector = _Collector(linears, exact.writers if exact is not None else [])
-    with collector.hooked(), ExitStack() as context:
-        if exact is not None:
-            context.enter_context(exact.watched(collector.written))
+    exact = exact or Exact(block, {}, [])
+    collector = _Collector(linears, exact)
+    with collector.hooked(), exact.watched(collector.written):
+        starts = [part.start for part in feed.ranks.parts(len(feed.hidden))]
         for i, (hidden, call) in enumerate(zip(feed.hidden, feed.calls, strict=True)):
+            if i in starts:
+                collector.begin_part()
             collector.keep = feed.keep[i]
-            if exact is not None and i < len(feed.exact):
+            if i < len(feed.exact):
                 with exact.in_place():
                     collector.note_exact(block, feed.exact[i], call)
             collector.run(block, hidden, call)
-    for sharing in collector.sharing:
-        together = {name: linears[name] for name in sharing.names}
-        yield from solve_together(together, sharing.hessian, options)
-    for name, linear in linears.items():
-        if name not in collector.seen:
-            logger.warning("%s saw no calibration token; its weights are only rounded.", name)
-            columns = dense_weight(linear).shape[1]
-            nothing = Hessian(columns, dense_weight(linear).device)
-            yield from solve_together({name: linear}, nothing, options)
+    # What this rank's batches have met may not be what another's have.
+    unseen = [[name] for name in linears if name not in collector.seen]
+    groups = [sharing.names for sharing in collector.sharing] + unseen
+    for names in feed.ranks.agree(lambda: groups):
+        together = {name: linears[name] for name in names}
+        yield from solve_together(together, collector.hessian(names), options, feed.ranks)
 
 
 def propagate(block: nn.Module, feed: Feed) -> None:
@@ -98,11 +103,7 @@ def check_finite(feed: Feed) -> None:
 
     :raises NumericsError: if they hold NaN or infinity
     """
-    if not torch.stack([torch.isfinite(hidden).all() for hidden in feed.hidden]).all():
-        raise NumericsError(
-            "the block's outputs hold NaN or infinity. If the model runs in float16, load it with "
-            "torch_dtype=torch.bfloat16 or torch.float32."
-        )
+    feed.hidden.check_finite("the block's outputs")
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
@@ -119,30 +120,42 @@ def solve_together(
     linears: Mapping[str, nn.Module],
     hessian: Hessian,
     options: Mapping[str, SolverOptions],  # by the names of the linears
+    ranks: Ranks,
 ) -> Iterator[Solved]:
     """Solve linears of one input, those with the same options as one."""
+    ranks.sum_hessian(hessian, any(options[name].correction for name in linears))
     for alike in dict.fromkeys(options[name] for name in linears):
         stacked = {name: linear for name, linear in linears.items() if options[name] == alike}
-        yield from _solve_stacked(stacked, hessian, alike)
+        yield from _solve_stacked(stacked, hessian, alike, ranks)
 
 
 def _solve_stacked(
-    linears: Mapping[str, nn.Module], hessian: Hessian, options: SolverOptions
+    linears: Mapping[str, nn.Module], hessian: Hessian, options: SolverOptions, ranks: Ranks
 ) -> Iterator[Solved]:
     """Solve linears as one tall matrix, then part them again."""
     started = time.perf_counter()
     mean = hessian.mean()
     weights = {name: dense_weight(linear).float() for name, linear in linears.items()}
     tall = torch.cat(list(weights.values()))
+    _check_weights(weights)
     with tensor_cores():
         pull = hessian.pull(tall) if options.correction else None
+    notes: list[str] = []
+
+    def of_rows(rows: slice) -> Solution:
+        pulled = None if pull is None else pull[rows]
+        found, note = solve_carefully(
+            tall[rows], mean, hessian.tokens, options, pulled, ranks.row_parts
+        )
+        notes.append(note)
+        return found
+
     try:
-        if hessian.tokens:
-            solved = solve(tall, mean, options, pull)
-        else:
-            solved = round_to_nearest(tall, mean, options)
+        solved = ranks.solve(of_rows, len(tall))
     except NumericsError as error:
         raise NumericsError(f"{', '.join(linears)}: {error}") from error
+    if notes[0]:
+        logger.warning("%s: %s", ", ".join(linears), notes[0])
     with tensor_cores():
         energy = ((tall @ mean) * tall).sum(1)
     seconds = (time.perf_counter() - started) / len(linears)
@@ -154,8 +167,20 @@ def _solve_stacked(
         with torch.no_grad():
             dense_weight(linear).copy_(quantized)
         lost, whole = float(part.loss.sum()), float(energy[rows].sum())
-        yield Solved(name, part, lost / whole if whole else 0.0, hessian.tokens, seconds)
+        share = lost / whole if whole else 0.0
+        yield Solved(name, part, share, hessian.tokens, seconds, notes[0])
         row = rows.stop
+
+
+def _check_weights(weights: Mapping[str, Tensor]) -> None:
+    """Find what holds NaN or infinity before it spoils what is solved with it."""
+    finite = torch.stack([torch.isfinite(weight).all() for weight in weights.values()])
+    if not finite.all():
+        bad = [name for name, good in zip(weights, finite.tolist(), strict=True) if not good]
+        raise NumericsError(
+            f"{', '.join(bad)}: The weight holds NaN or infinity. The checkpoint is damaged, or "
+            "float16 was too narrow for it: load it with torch_dtype=torch.bfloat16."
+        )
 
 
 class _AllSeen(Exception):
@@ -167,7 +192,16 @@ class _Sharing:
     """Linears that read the same tensor."""
 
     names: list[str]
-    hessian: Hessian
+    hessian: Hessian  # of the present part of the batches
+    earlier: Hessian | None = None  # of the parts before
+
+    def begin_part(self) -> None:
+        """Add what there is to the earlier parts."""
+        if self.earlier is None:
+            self.earlier = self.hessian
+        else:
+            self.earlier.merge(self.hessian)
+        self.hessian = Hessian(len(self.hessian.total), self.hessian.total.device)
 
 
 @dataclass
@@ -175,7 +209,7 @@ class _Collector:
     """Hooks on the linears of one step that feed their inputs to Hessians."""
 
     linears: Mapping[str, nn.Module]
-    writers: Sequence[str] = ()  # to the residual stream
+    exact: Exact
     sharing: list[_Sharing] = field(default_factory=list)
     keep: Tensor | None = None
     seen: set[str] = field(default_factory=set)
@@ -199,6 +233,22 @@ class _Collector:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def begin_part(self) -> None:
+        """Sum up the next batches apart from those before, and add the sums."""
+        for sharing in self.sharing:
+            sharing.begin_part()
+
+    def hessian(self, names: Sequence[str]) -> Hessian:
+        """Give the Hessian of linears of one input; an empty one if none was met."""
+        for sharing in self.sharing:
+            if names[0] in sharing.names:
+                sharing.begin_part()
+                assert sharing.earlier is not None
+                whole = sharing.names == list(names)
+                return sharing.earlier if whole else copy.deepcopy(sharing.earlier)
+        weight = dense_weight(self.linears[names[0]])
+        return Hessian(weight.shape[1], weight.device)
 
     def note_exact(self, block: nn.Module, hidden: Tensor, call: BlockCall) -> None:
         """Note the inputs of the linears in a pass of the full-precision block."""
@@ -224,7 +274,7 @@ class _Collector:
     def _hook(self, name: str) -> Any:
         def note(_linear: nn.Module, args: Sequence[Tensor]) -> None:
             if self._is_exact:
-                residual = self._residual if name in self.writers else None
+                residual = self._residual if name in self.exact.writers else None
                 self._exact[name] = args[0], residual
             else:
                 self._add(name, args[0])
@@ -242,7 +292,7 @@ class _Collector:
         for sharing in self.sharing:
             if sharing.names[0] == name:
                 noted, residual = self._exact.get(name, (None, None))
-                exact = same_tokens(noted, x, self._tokens)
+                exact = self.exact.matching(name, noted, x, self._tokens)
                 gap = None if exact is None else gap_before(residual, self._residual, x)
                 sharing.hessian.add(x, kept_tokens(self.keep, x), exact, gap)
 

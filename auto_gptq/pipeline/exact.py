@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.capture import BlockCall
+from ..nn_modules.unfused import find_unfused
 
 _LOOKED_AT = 1 << 20  # numbers of each tensor that are compared
 # In 16 bits a block's change is the sum of what its linears add but for this share.
@@ -32,6 +33,7 @@ class Exact:
     ) -> None:
         self.writers = writers
         self._block = block
+        self._experts = tuple(f"{name}." for name in find_unfused(block))
         self._kept: list[tuple[nn.Module, Tensor]] = [
             (linear, _data(linear).clone()) for linear in linears.values()
         ]
@@ -47,6 +49,15 @@ class Exact:
         finally:
             for (linear, _), data in zip(self._kept, now, strict=True):
                 linear.weight.data = data
+
+    def matching(self, name: str, exact: Tensor | None, x: Tensor, tokens: int) -> Tensor | None:
+        """Give a linear's full-precision input if its rows are those of ``x``, of all tokens.
+
+        Experts are given a choice of tokens, which the two models make differently.
+        """
+        if exact is None or exact.shape != x.shape or x.shape[:-1].numel() != tokens:
+            return None
+        return None if name.startswith(self._experts) else exact
 
     @contextmanager
     def watched(self, written: Callable[[Tensor], None]) -> Iterator[None]:
@@ -100,16 +111,6 @@ def find_writers(
     if not left < _TOLERANCE * change.norm():
         return []
     return [name for name, writes in zip(outputs, does.tolist(), strict=True) if writes]
-
-
-def same_tokens(exact: Tensor | None, x: Tensor, tokens: int) -> Tensor | None:
-    """Give the full-precision input if it is of the same tokens as ``x``: of all in the batch.
-
-    An expert is given a choice of tokens, which the two models make differently.
-    """
-    if exact is None or exact.shape != x.shape or x.shape[:-1].numel() != tokens:
-        return None
-    return exact
 
 
 def gap_before(

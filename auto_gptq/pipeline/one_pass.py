@@ -8,7 +8,6 @@ on when that linear has been solved.  Only one thread runs at a time.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -19,12 +18,21 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.capture import BlockCall
+from ..calibration.memory import free_bytes
 from ..errors import UnsupportedModelError
 from ..nn_modules.surgery import features
 from ..quantization.hessian import Hessian
 from ..quantization.solver import SolverOptions
-from .block import Feed, Solved, check_finite, is_same, kept_tokens, run_block, solve_together
-from .exact import Exact, gap_before, same_tokens
+from .block import (
+    Feed,
+    Solved,
+    check_finite,
+    is_same,
+    kept_tokens,
+    run_block,
+    solve_together,
+)
+from .exact import Exact, gap_before
 
 # Activations alive in a stopped pass, in units of the widest input and twice the hidden size:
 # the residual, the linear's input, and what the model keeps beside them.
@@ -55,15 +63,13 @@ def reading_groups(
 
 def fits_one_pass(linears: Mapping[str, nn.Module], feed: Feed) -> bool:
     """Tell whether memory holds the activations of all batches in the midst of a block."""
+    if feed.hidden.home != "device":
+        return False
     x = feed.hidden[0]
     widest = max(features(linear)[0] for linear in linears.values())
     tokens = sum(hidden.shape[:-1].numel() for hidden in (*feed.hidden, *feed.exact))
     needed = tokens * _ALIVE * (widest + 2 * x.shape[-1]) * x.element_size()
-    if x.is_cuda:
-        free, _ = torch.cuda.mem_get_info(x.device)
-        unused = torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
-        return needed < free + unused
-    return needed < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    return bool(needed < free_bytes(x.device) // (1 if x.is_cuda else 2))
 
 
 def solve_in_one_pass(
@@ -95,9 +101,16 @@ def solve_in_one_pass(
         _all_go_on(forwards, exacts, exact)
         for group in groups:
             waiting = [forward for forward in forwards if forward.waits_before == group[0]]
-            hessian = _sum_up(forwards, exacts, group[0], group[0] in exact.writers)
+            inputs = features(linears[group[0]])[0]
+            hessian = Hessian(inputs, feed.hidden.device)
+            for part in feed.ranks.parts(len(forwards)):
+                some = hessian if part.start == 0 else Hessian(inputs, feed.hidden.device)
+                # Nobody waits where tokens are routed past an expert that the first batch met.
+                _add_inputs(some, forwards, exacts, part, group[0], exact)
+                if some is not hessian:
+                    hessian.merge(some)
             together = {name: linears[name] for name in group}
-            yield from solve_together(together, hessian, options)
+            yield from solve_together(together, hessian, options, feed.ranks)
             also = [forward for forward in exacts if forward.waits_before == group[0]]
             _all_go_on(waiting, also, exact)
         feed.hidden[:] = [forward.result() for forward in forwards]
@@ -114,24 +127,25 @@ def _all_go_on(forwards: Sequence[_Forward], exacts: Sequence[_Forward], exact: 
             forward.go_on()
 
 
-def _sum_up(
-    forwards: Sequence[_Forward], exacts: Sequence[_Forward], name: str, writes: bool
-) -> Hessian:
-    """Make the Hessian of the inputs that the passes hold before a linear."""
-    hessian: Hessian | None = None
-    for i, forward in enumerate(forwards):
-        x = forward.input
+def _add_inputs(
+    hessian: Hessian,
+    forwards: Sequence[_Forward],
+    exacts: Sequence[_Forward],
+    part: range,
+    name: str,
+    exact: Exact,
+) -> None:
+    """Add the inputs that some passes hold before a linear."""
+    for i in part:
+        forward, x = forwards[i], forwards[i].input
         if forward.waits_before != name or x is None:
             continue
-        hessian = hessian or Hessian(x.shape[-1], x.device)
-        exact = gap = None
+        wanted = gap = None
         if i < len(exacts) and exacts[i].waits_before == name:
-            exact = same_tokens(exacts[i].input, x, forward.tokens)
-        if exact is not None and writes:
+            wanted = exact.matching(name, exacts[i].input, x, forward.tokens)
+        if wanted is not None and name in exact.writers:
             gap = gap_before(exacts[i].residual, forward.residual, x)
-        hessian.add(x, kept_tokens(forward.keep, x), exact, gap)
-    assert hessian is not None
-    return hessian
+        hessian.add(x, kept_tokens(forward.keep, x), wanted, gap)
 
 
 class _AbandonedError(Exception):

@@ -149,10 +149,6 @@ class BaseQuantizeConfig:
             raise ConfigError(
                 f"damp_percent is {self.damp_percent!r}; it must lie between 0 and 1, usually 0.01."
             )
-        if not self.expert_share >= 0:
-            raise ConfigError(
-                f"expert_share is {self.expert_share!r}; it must be 0 or more, usually 0.25."
-            )
         if not 0 <= self.correction <= 1:
             raise ConfigError(
                 f"correction is {self.correction!r}; it must lie between 0 (none) and 1, "
@@ -160,6 +156,10 @@ class BaseQuantizeConfig:
             )
         if self.tuning_epochs < 0:
             raise ConfigError(f"tuning_epochs is {self.tuning_epochs!r}; it must be 0 or more.")
+        if not self.expert_share >= 0:
+            raise ConfigError(
+                f"expert_share is {self.expert_share!r}; it must be 0 or more, usually 0.25."
+            )
         formats = QUANT_METHOD_FORMAT_MAPPING.get(self.quant_method)
         if formats is None:
             raise ConfigError(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import NumericsError
+from ..errors import FactorizationError, NumericsError
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +88,34 @@ class Hessian:
             total = total.tril() + total.tril(-1).t()
         return total / max(self.tokens, 1)
 
+    def merge(self, other: Hessian) -> None:
+        """Add another one's sums, in place."""
+        self.total += other.total
+        self.tokens += other.tokens
+        self._is_lower |= other._is_lower
+        self._drift_tokens += other._drift_tokens
+        self._drift = _sum(self._drift, other._drift)
+        self._gap = _sum(self._gap, other._gap)
+
+    def sum_over(self, add_others: Callable[[Tensor], Any], with_drift: bool) -> None:
+        """Add the sums of other processes.
+
+        :param add_others: adds to a tensor, in place, that of all other processes
+        """
+        add_others(self.total)
+        outputs = 0 if self._gap is None else len(self._gap)
+        numbers = [self.tokens, self._drift_tokens, outputs, outputs > 0]
+        counts = torch.tensor(numbers, device=self.total.device)
+        add_others(counts)
+        self.tokens, self._drift_tokens, outputs, having = (int(count) for count in counts)
+        if with_drift and self._drift_tokens:
+            self._drift = torch.zeros_like(self.total) if self._drift is None else self._drift
+            add_others(self._drift)
+            if having:  # any of them
+                if self._gap is None:
+                    self._gap = self.total.new_zeros(outputs // having, len(self.total))
+                add_others(self._gap)
+
     def pull(self, weight: Tensor) -> Tensor | None:
         """Give ``[outputs, size]`` fp32, the mean of ``(wanted - W x) xᵀ``; None without exact x.
 
@@ -97,6 +127,10 @@ class Hessian:
         if self._gap is not None and self._gap.shape == pull.shape:
             pull += self._gap
         return pull / max(self._drift_tokens, 1)
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return one if other is None else other if one is None else one.add_(other)
 
 
 def _plus(total: Tensor | None, left: Tensor, rows: Tensor) -> Tensor:
@@ -133,7 +167,8 @@ def factorize(
     An input that was always 0 gets 1 on the diagonal: its weights are rounded, untouched by and
     not touching the others.
 
-    :raises NumericsError: if H holds NaN or infinity, or cannot be factored at any damping
+    :raises NumericsError: if H holds NaN or infinity
+    :raises FactorizationError: if H cannot be factored at any damping
     """
     diagonal = hessian.diagonal()
     if not torch.isfinite(diagonal).all():
@@ -158,7 +193,7 @@ def factorize(
                 )
             return Factor(invert_upper(lower.flip(0, 1)).to(torch.float32), damp)
         damp = max(damp * _DAMPING_GROWTH, _LEAST_RAISED_DAMPING)
-    raise NumericsError(
+    raise FactorizationError(
         f"The Hessian cannot be factored at any damp_percent from {damp_percent:g} to 1. "
         "Use more or more varied calibration examples."
     )

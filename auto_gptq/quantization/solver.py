@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import NumericsError
 from ..formats.gptq import trivial_g_idx
 from ..formats.grid import Grid, GridRule
-from ..kernels import native, ops
+from ..kernels import gpu, ops
 from .hessian import factorize
 from .precision import tensor_cores
 
@@ -23,6 +23,7 @@ _LEAF = 128
 # Columns whose groups are fitted together (the block size of the paper's implementation).
 _BATCH = 128
 _NEARLY_HALF = 0.499
+_ROWS_TOGETHER = 64  # what the kernels take at a time
 
 
 @dataclass(frozen=True)
@@ -75,15 +76,18 @@ def solve(
     hessian: Tensor,  # [K, K] fp32
     options: SolverOptions,
     pull: Tensor | None = None,  # [N, K] fp32, see Hessian.pull
+    parts: int = 1,
 ) -> Solution:
     """Quantize one layer.
 
     With a pull the target is not the weight itself but what brings the outputs nearer to what is
     wanted of them; ``loss`` then is the distance from that.
 
+    :param parts: parts of the rows whose products are taken apart, so that as many processes, each
+        with one part, get the same codes: a product's last bits depend on its shape
     :raises NumericsError: if the weight or the Hessian holds NaN or infinity
     """
-    native.load()
+    gpu.load_solver()
     rule = options.rule
     columns = weight.shape[1]
     target = weight.to(torch.float32)
@@ -92,11 +96,17 @@ def solve(
     order = _processing_order(hessian, options.act_order)
     factor = factorize(hessian[order][:, order], options.damp_percent)
     if pull is not None and options.correction:
+        if not torch.isfinite(pull).all():
+            raise NumericsError(
+                "The full-precision model's activations hold NaN or infinity. If it runs in "
+                "float16, load it with torch_dtype=torch.bfloat16 or torch.float32."
+            )
         target = target + options.correction * _shift(pull, order, factor.inverse)
 
     back = torch.argsort(order)
     group = trivial_g_idx(columns, options.group_size, weight.device)
     sweep = _Sweep(target.t()[order].contiguous(), factor.inverse, rule)
+    sweep.parts = part_rows(len(weight), parts)
     if options.scale_search:
         # 1 / U_ii² is the variance of input i given all inputs processed after it: the share of its
         # rounding error that nothing can make up for.
@@ -200,12 +210,21 @@ def _fit_groups(
     return Grid(scale, zero, rule.maxq)
 
 
+def part_rows(rows: int, parts: int) -> list[slice]:
+    """Part the rows of a matrix into equal parts, or into one if they are few."""
+    share = -(-rows // parts // _ROWS_TOGETHER) * _ROWS_TOGETHER
+    if share * (parts - 1) >= rows:  # the last would have none
+        return [slice(0, rows)]
+    return [slice(start, min(start + share, rows)) for start in range(0, rows, share)]
+
+
 class _Sweep:
     """One pass over the columns of a layer, held transposed so that a column is contiguous."""
 
     def __init__(self, weight: Tensor, inverse: Tensor, rule: GridRule) -> None:
         self.weight = weight  # [K, N] in processing order; updated in place
         self.inverse = inverse  # [K, K] upper triangular
+        self.parts = [slice(None)]  # of the outputs, whose products are taken apart
         self.rule = rule
         self.importance: Tensor | None = None  # [K] for the choice of scales; None: min-max
         self.scales = weight.new_empty(0, weight.shape[1])  # [G, N] of the groups met so far
@@ -251,7 +270,9 @@ class _Sweep:
         middle = start + -(-length // (2 * batch)) * batch
         self.run(start, middle, batch, group_size)
         shares = self.inverse[start:middle, middle:stop].t()
-        self.weight[middle:stop].addmm_(shares, self.errors[start:middle], alpha=-1)
+        for rows in self.parts:
+            later, errors = self.weight[middle:stop, rows], self.errors[start:middle, rows]
+            later.addmm_(shares, errors, alpha=-1)
         self.run(middle, stop, batch, group_size)
 
     def _columns(self, part: slice) -> None:

@@ -128,7 +128,7 @@ Isa auto_gptq_cpu_best_isa() {
 #ifdef __x86_64__
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return kAvx512;
+    return __builtin_cpu_supports("avx512vnni") ? kAvx512Vnni : kAvx512;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     return kAvx2;

@@ -248,7 +248,7 @@ __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) void run_avx51
 template <int BITS>
 void run(Isa isa, const Problem& p, int64_t n_begin, int64_t n_end) {
 #ifdef __x86_64__
-  if (isa == kAvx512) return run_avx512<BITS>(p, n_begin, n_end);
+  if (isa >= kAvx512) return run_avx512<BITS>(p, n_begin, n_end);
   if (isa == kAvx2) return run_avx2<BITS>(p, n_begin, n_end);
 #endif
   add_products<BITS, 4>(p, n_begin, n_end);

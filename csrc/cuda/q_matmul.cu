@@ -1,8 +1,7 @@
 // The kernels for y = x W^T over tiles, and which of them takes which product: a measured table.
 #include <cuda_runtime.h>
 
-#include <array>
-
+#include "device.h"
 #include "q_matmul.h"
 
 namespace {
@@ -18,19 +17,21 @@ struct Row {
   int64_t (*workspace)(const Product*);  // null: none
 };
 
-constexpr std::array<Row, 0> kTable{};
+constexpr int64_t kMostK = 1 << 20;  // what 32-bit arithmetic on groups allows
 
-int32_t capability(int32_t device) {
-  int major = 0, minor = 0;
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  return 10 * major + minor;
-}
+constexpr Row kTable[] = {
+    {75, 999, 16, 0, auto_gptq_cuda_q_small, auto_gptq_cuda_sorted_x_bytes},
+    {90, 90, 1024, 0, auto_gptq_cuda_q_wgmma, auto_gptq_cuda_arranged_bytes},
+    {80, 999, 64, 0, auto_gptq_cuda_q_mma, auto_gptq_cuda_q_mma_bytes},
+};
 
 }  // namespace
 
 auto_gptq::Plan auto_gptq_cuda_plan(const Product* product, int32_t device) {
-  const int32_t sm = capability(device);
+  const int32_t sm = auto_gptq::describe_device(device).sm;
+  if (product->weight.k > kMostK || (product->type == auto_gptq::kBFloat16 && sm < 80)) {
+    return {};
+  }
   for (const Row& row : kTable) {
     if (sm >= row.least_sm && sm <= row.most_sm && product->m <= row.most_m &&
         product->weight.k * product->weight.n >= row.least_weights) {

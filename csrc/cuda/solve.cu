@@ -58,6 +58,7 @@ __global__ void fit_grids_kernel(Fit fit) {
   const float* weight = fit.weight + (inside ? n : 0);
 
   float lowest = 0.0f, highest = 0.0f;
+#pragma unroll 16  // many loads in flight
   for (int64_t i = first; i < last; ++i) {
     const float w = weight[i * fit.weight_stride];
     lowest = fminf(lowest, w);
@@ -68,6 +69,7 @@ __global__ void fit_grids_kernel(Fit fit) {
   for (int f = threadIdx.y; f < fit.candidates; f += kFitFactors) {
     float scale, zero, error = 0.0f;
     span(fit, lowest, highest, fit.factors[f], scale, zero);
+#pragma unroll 8
     for (int64_t i = first; i < last; ++i) {
       const float w = weight[i * fit.weight_stride];
       const float code = fminf(fmaxf(rintf(w / scale) + zero, 0.0f), maxq);

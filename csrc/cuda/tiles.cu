@@ -1,17 +1,13 @@
 // Into tiles, and out of them into the dense weight.
 #include <cuda_runtime.h>
 
+#include "device.h"
 #include "tiles.cuh"
 
 namespace auto_gptq {
 namespace {
 
 __host__ __device__ int64_t tiles_of(int64_t size) { return (size + kSide - 1) / kSide; }
-
-const char* outcome() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
 
 template <int BITS>
 __device__ uint32_t packed_code(const int32_t* qweight, int64_t n_stride, int64_t k, int64_t n) {
@@ -91,6 +87,22 @@ __device__ void store(T* to, float value) {
   }
 }
 
+// Write 16 numbers of a row, 8 words that begin where lane q of the four lanes of the row says; two
+// lanes next to each other swap halves first, so that together they write whole sectors of 32 bytes.
+__device__ void store_run(uint16_t* row, const uint32_t (&v)[8], int lane, bool exists) {
+  const bool odd = lane % 2;
+  uint32_t got[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    got[i] = __shfl_xor_sync(0xffffffff, odd ? v[i] : v[4 + i], 1);
+  }
+  if (exists) {
+    uint4* to = reinterpret_cast<uint4*>(row + lane % 4 / 2 * 32 + odd * 8);
+    to[0] = odd ? make_uint4(got[0], got[1], got[2], got[3]) : make_uint4(v[0], v[1], v[2], v[3]);
+    to[2] = odd ? make_uint4(v[4], v[5], v[6], v[7]) : make_uint4(got[0], got[1], got[2], got[3]);
+  }
+}
+
 // A block of 4 warps writes one tile, a warp one row tile of it.
 template <int BITS, typename T>
 __global__ void __launch_bounds__(128)
@@ -101,40 +113,51 @@ __global__ void __launch_bounds__(128)
   const uint32_t* tile = weight.tiles + (n_tile * k_tiles + k_tile) * (128 * BITS);
   const LaneCodes<BITS> codes = load_codes<BITS>(tile, row_tile, lane);
   const int64_t row = n_tile * kSide + row_tile * 16 + lane / 4;
+  uint32_t pairs[4][4];
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
-    uint32_t pairs[4];
-    decode<BITS, __half>(codes, s, pairs);
-    const int64_t place = k_tile * kSide + place_of(s, lane % 4, weight.run);
-    if (place >= weight.k) {
-      continue;
-    }
-    const int64_t group = place / weight.group_size;
+    decode<BITS, __half>(codes, s, pairs[s]);
+  }
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int64_t n = row + 8 * h, grid = group * n_stride + n;
-      if (n >= n_end) {
-        continue;
-      }
+  for (int h = 0; h < 2; ++h) {
+    const int64_t n = row + 8 * h;
+    T* to = dense + (n - n_begin) * weight.k;
+    T values[16];
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      const int64_t place = k_tile * kSide + place_of(s, lane % 4, weight.run);
+      const int64_t group = min(place / weight.group_size, weight.groups - 1);
+      const int64_t grid = group * n_stride + n;
       const float scale = load_scale(weight.scales, grid, weight.scale_type);
       const int middle = 1 << (BITS - 1);
       const float shift = weight.zeros ? middle - static_cast<int>(weight.zeros[grid]) : 0;
-      const float2 first = Pairs<__half>::widen(pairs[h]), second = Pairs<__half>::widen(pairs[2 + h]);
-      const float values[4] = {first.x, first.y, second.x, second.y};
-      T* to = dense + (n - n_begin) * weight.k;
-      T four[4];
+      const float2 first = Pairs<__half>::widen(pairs[s][h]);
+      const float2 second = Pairs<__half>::widen(pairs[s][2 + h]);
+      store(values + 4 * s, (first.x + shift) * scale);
+      store(values + 4 * s + 1, (first.y + shift) * scale);
+      store(values + 4 * s + 2, (second.x + shift) * scale);
+      store(values + 4 * s + 3, (second.y + shift) * scale);
+    }
+    if (sizeof(T) == 2 && weight.run == kSide && !weight.perm) {
+      const bool exists = n < n_end && k_tile * kSide + lane % 4 * 16 < weight.k;
+      store_run(reinterpret_cast<uint16_t*>(to) + k_tile * kSide,
+                reinterpret_cast<const uint32_t(&)[8]>(values), lane, exists);
+      continue;
+    }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        store(four + i, (values[i] + shift) * scale);
+    for (int s = 0; s < 4; ++s) {
+      const int64_t place = k_tile * kSide + place_of(s, lane % 4, weight.run);
+      if (n >= n_end || place >= weight.k) {
+        continue;
       }
       if (weight.perm) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          to[weight.perm[place + i]] = four[i];
+          to[weight.perm[place + i]] = values[4 * s + i];
         }
       } else {
         using Vector = typename std::conditional<sizeof(T) == 4, uint4, uint2>::type;
-        *reinterpret_cast<Vector*>(to + place) = *reinterpret_cast<const Vector*>(four);
+        *reinterpret_cast<Vector*>(to + place) = *reinterpret_cast<const Vector*>(values + 4 * s);
       }
     }
   }
@@ -181,7 +204,7 @@ const char* auto_gptq_cuda_repack_tiles(const int32_t* qweight, const Tiled* wei
     default:
       repack<8><<<blocks, 128, 0, on>>>(qweight, *weight);
   }
-  return outcome();
+  return outcome(cudaGetLastError());
 }
 
 const char* auto_gptq_cuda_dequantize_tiles(const Tiled* weight,
@@ -204,5 +227,5 @@ const char* auto_gptq_cuda_dequantize_tiles(const Tiled* weight,
     default:
       start_dequantize<8>(*weight, n_begin, n_end, dense, type, on);
   }
-  return outcome();
+  return outcome(cudaGetLastError());
 }

@@ -18,6 +18,7 @@ from auto_gptq import BaseQuantizeConfig
 from auto_gptq.checkpoint.servable import check_servable
 from auto_gptq.errors import MissingFileError
 from auto_gptq.modeling import BaseGPTQForCausalLM
+from tests.integrations.test_experts import pack, tiny_moe, write
 from tests.tiny import tiny_examples, tiny_model
 
 # Wide enough for the kernels: multiples of 128 everywhere.
@@ -171,6 +172,17 @@ def test_sglang_has_to_be_told_what_is_dense(tmp_path: Path) -> None:
     verdicts = check_servable(folder)
     assert verdicts["vLLM"]
     assert "dense, but `dynamic` does not leave out model.layers.0." in str(verdicts["SGLang"])
+
+
+@pytest.mark.parametrize("dense", [(), (".experts.1.",)], ids=["all packed", "one dense"])
+def test_the_experts_of_a_block_have_to_be_packed_alike(dense: Any, tmp_path: Path) -> None:
+    model = tiny_moe("mixtral")
+    pack(model, dense=dense)
+    write(model, tmp_path / "packed", None)
+    verdict = check_servable(tmp_path / "packed")["vLLM"]
+    assert bool(verdict) is not bool(dense)
+    assert dense or verdict.kernels == ("Marlin",)
+    assert not dense or ("experts.0." in str(verdict) and "must be packed alike" in str(verdict))
 
 
 def test_a_pickled_checkpoint_under_a_name_of_its_own_is_judged_too(tmp_path: Path) -> None:

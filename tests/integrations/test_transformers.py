@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.utils
 import transformers
 from packaging.version import parse
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, GPTQConfig
+from transformers import AutoModel, AutoModelForCausalLM, CompileConfig, GPTQConfig
 from transformers.quantizers import auto
 
 from auto_gptq import AutoGPTQForCausalLM
@@ -210,15 +211,17 @@ def test_generate_writes_what_the_dequantized_model_writes(
     assert torch.equal(model.generate(ids, cache_implementation=cache, **options), wanted)
 
 
-@pytest.mark.gpu
-@pytest.mark.slow
-def test_generate_compiles_a_model_on_a_gpu(checkpoint: Callable[[str], Path]) -> None:
-    """With a static cache transformers compiles what says that it can be compiled."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"), device_map="cuda")
-    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    wanted = model.generate(IDS.cuda(), **options)
-    found = model.generate(IDS.cuda(), cache_implementation="static", **options)
-    assert hasattr(model, "_compiled_call")
+def test_generate_compiles_the_model_as_one_graph(checkpoint: Callable[[str], Path]) -> None:
+    """With a static cache on a GPU transformers compiles what says that it can be compiled."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"), dtype=torch.float32)
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    wanted = model.generate(IDS, **options)
+    how = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
+    how._compile_all_devices = True  # transformers' own tests compile on a CPU by this
+    torch._dynamo.utils.counters.clear()
+    found = model.generate(IDS, cache_implementation="static", compile_config=how, **options)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
     assert torch.equal(found, wanted)
 
 

@@ -93,6 +93,8 @@ def test_saved_files_are_those_of_autogptq_and_can_be_found_by_transformers(tmp_
         "generation_config.json",
         "gptq_model-4bit-32g.safetensors",
         "model.safetensors.index.json",
+        "quantization_report.csv",  # ours, after a run of quantize()
+        "quantization_report.json",
         "quantize_config.json",
     ]
     tensors = load_file(tmp_path / "gptq_model-4bit-32g.safetensors")

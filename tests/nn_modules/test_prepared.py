@@ -57,7 +57,8 @@ def test_preparing_changes_nothing_that_can_be_seen(
     assert layer.is_prepared
     assert_same(layer, before)
     assert torch.equal(layer.dequantize(torch.float16), weight)
-    torch.testing.assert_close(layer(x), y, rtol=1e-4, atol=1e-4)
+    # A CPU's kernels over tiles take x in 15 bits.
+    torch.testing.assert_close(layer(x), y, rtol=1e-4, atol=2e-4 * float(y.abs().max()))
     layer.check("layer")
     layer.restore()
     assert not layer.is_prepared

@@ -14,9 +14,12 @@ from auto_gptq.architectures import find
 from auto_gptq.calibration.capture import capture
 from auto_gptq.calibration.examples import make_batches
 from auto_gptq.modeling import BaseGPTQForCausalLM
+from auto_gptq.nn_modules.experts import unfuse
 from auto_gptq.nn_modules.surgery import dequantize, find_linears
+from auto_gptq.nn_modules.unfused import find_unfused
 from auto_gptq.pipeline.exact import Exact, find_writers
 from tests.tiny import tiny_examples, tiny_model
+from tests.zoo import tiny_of
 
 WRITERS = {
     "llama": ["self_attn.o_proj", "mlp.down_proj"],
@@ -58,6 +61,19 @@ def test_original_weights_come_back_for_a_while_only() -> None:
     assert len(seen) == 2
 
 
+def test_experts_are_not_compared() -> None:
+    """What they read in one model are other tokens than in the other."""
+    model = tiny_of("mixtral")
+    unfuse(model)
+    block = model.model.layers[0]
+    experts = next(iter(find_unfused(block)))
+    exact, x = Exact(block, {}, []), torch.ones(8, 64)
+    assert exact.matching(f"{experts}.0.w1", x, x, 8) is None
+    assert exact.matching("self_attn.o_proj", x, x, 8) is x
+    assert exact.matching("self_attn.o_proj", x, x, 9) is None
+    assert exact.matching("self_attn.o_proj", x[:7], x, 8) is None
+
+
 @torch.no_grad()
 def test_corrected_models_are_nearer_to_the_full_precision_model() -> None:
     model = tiny_model(dtype=torch.float32, num_hidden_layers=4, hidden_size=128)
@@ -70,4 +86,4 @@ def test_corrected_models_are_nearer_to_the_full_precision_model() -> None:
         wrapper.quantize(rows[:16], batch_size=4)
         dequantize(wrapper.model, torch.float32)
         missed.append(float((wrapper.model(rows[16:]).logits - wanted).norm()))
-    assert missed[1] < 0.9 * missed[0]
+    assert missed[1] < 0.95 * missed[0]

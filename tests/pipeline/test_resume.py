@@ -63,24 +63,27 @@ def _wrapper(model: Any, **settings: Any) -> BaseGPTQForCausalLM:
     return BaseGPTQForCausalLM(copy.deepcopy(model), False, config)
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"correction": 0.5, "tuning_epochs": 1}], ids=["plain", "beside the original"]
+)
 def test_finished_blocks_are_not_solved_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, examples = tiny_model(), tiny_examples()
-    first = _wrapper(model)
+    first = _wrapper(model, **settings)
     first.quantize(examples, work_dir=tmp_path)
     (tmp_path / "block-00001.safetensors").write_bytes(b"damaged")
-    solved_blocks: list[object] = []
-    solve = pipeline._Run.solve
+    solved_blocks: list[int] = []
+    solve = pipeline._Run._solve
 
-    def counted(self: Any, block: Any, *rest: Any) -> Any:
-        solved_blocks.append(block)
-        return solve(self, block, *rest)
+    def counted(self: Any, index: int, *rest: Any) -> Any:
+        solved_blocks.append(index)
+        return solve(self, index, *rest)
 
-    monkeypatch.setattr(pipeline._Run, "solve", counted)
-    again = _wrapper(model)
+    monkeypatch.setattr(pipeline._Run, "_solve", counted)
+    again = _wrapper(model, **settings)
     again.quantize(examples, work_dir=tmp_path)
-    assert len(solved_blocks) == 1  # the damaged one
+    assert solved_blocks == [1]  # the damaged one
     assert [(e.name, e.error) for e in again.report] == [(e.name, e.error) for e in first.report]
     tensors = first.model.state_dict()
     assert all(torch.equal(tensors[name], t) for name, t in again.model.state_dict().items())

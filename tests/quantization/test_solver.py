@@ -182,6 +182,9 @@ def test_nan_and_infinity_are_refused(bad: float) -> None:
     options = SolverOptions(GridRule(4), 32)
     with pytest.raises(NumericsError, match="inputs hold NaN or infinity"):
         solve(weight, hessian.index_fill(0, torch.tensor([5]), bad), options)
+    with pytest.raises(NumericsError, match="full-precision model's activations"):
+        corrected = dataclasses.replace(options, correction=0.5)
+        solve(weight, hessian, corrected, torch.full_like(weight, bad))
     weight[1, 2] = bad
     with pytest.raises(NumericsError, match="weight holds NaN or infinity"):
         solve(weight, hessian, options)

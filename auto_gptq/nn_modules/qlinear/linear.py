@@ -25,6 +25,8 @@ class QuantLinear(PackedWeight, nn.Linear):
     """
 
     QUANT_TYPE = "gptq"
+    # Whether a CPU may round x to 8 bits where it has more than a few rows: faster, less exact.
+    int8_activations = False
 
     def __init__(
         self,
@@ -94,7 +96,9 @@ class QuantLinear(PackedWeight, nn.Linear):
         buffers = self._buffers
         output: Tensor
         if "tiles" in buffers:
-            output = torch.ops.auto_gptq.q_matmul(
+            ops = torch.ops.auto_gptq
+            product = ops.q_matmul_int8 if self.int8_activations else ops.q_matmul
+            output = product(
                 x,
                 buffers["tiles"],
                 buffers["tile_scales"],

@@ -79,10 +79,13 @@ class PackedWeight(nn.Module):
         qweight, qzeros, scales, g_idx = (getattr(self, name) for name in PACKED)
         perm, _ = sort_groups(g_idx, self.group_size)
         tiles = torch.ops.auto_gptq.repack_tiles(qweight, perm, self.bits, self.group_size)
+        scales = pad(scales, 1).contiguous()
+        # Looking at the zeros waits for a GPU: for tiles and scales too, which kernels then read
+        # while the kernel in front of them still runs.
         zeros = tile_zeros(qzeros, self.bits, self.zero_offset)
         for name in PACKED:
             del self._buffers[name]
-        tiled = tiles, pad(scales, 1).contiguous(), zeros, perm
+        tiled = tiles, scales, zeros, perm
         for name, tensor in zip(TILED, tiled, strict=True):
             self.register_buffer(name, tensor, persistent=False)
 
@@ -159,7 +162,8 @@ class PackedWeight(nn.Module):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         if self.is_prepared:
-            destination |= {f"{prefix}{name}": getattr(self, name) for name in PACKED}
+            names = (name for name in PACKED if name not in self._non_persistent_buffers_set)
+            destination |= {f"{prefix}{name}": getattr(self, name) for name in names}
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

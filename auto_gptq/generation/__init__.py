@@ -1,0 +1,1 @@
+"""The decoding loop: one token after another without the host in between."""
