@@ -149,10 +149,7 @@ class BaseGPTQForCausalLM(FormerMethods):
         return self.model(*args, **kwargs)
 
     def generate(self, **kwargs: Any) -> Any:
-        """Do what the wrapped model's ``generate`` does, with a faster loop where there is one.
-
-        Takes keyword arguments only, as AutoGPTQ's did.
-        """
+        """Generate, with a faster loop where there is one; takes keyword arguments only."""
         self._check_in_memory()
         with torch.inference_mode():
             return generate(self.model, **kwargs)
@@ -182,8 +179,7 @@ class BaseGPTQForCausalLM(FormerMethods):
     ) -> None:
         """Quantize the model in place, calibrating on examples.
 
-        ``use_triton``, ``use_cuda_fp16`` and ``autotune_warmup_after_quantized`` chose among
-        AutoGPTQ's kernels and mean nothing here.
+        The three arguments after ``batch_size`` chose among AutoGPTQ's kernels and mean nothing.
 
         :param examples: dicts with ``input_ids`` and ``attention_mask``, or ids alone; padding
             does not count
@@ -199,11 +195,9 @@ class BaseGPTQForCausalLM(FormerMethods):
         """
         if self.quantized:
             raise QuantizedStateError("The model is quantized already; load the original again.")
-        if self.quantize_config.quant_method in QUANTIZE_BLACK_LIST:
-            raise ValueError(
-                f"quant_method {self.quantize_config.quant_method!r} can be read but not made; "
-                "use 'gptq'."
-            )
+        method = self.quantize_config.quant_method
+        if method in QUANTIZE_BLACK_LIST:
+            raise ValueError(f"quant_method {method!r} can be read but not made; use 'gptq'.")
         note_meaningless({"use_triton": use_triton, "use_cuda_fp16": use_cuda_fp16})
         batches = make_batches(
             examples,
