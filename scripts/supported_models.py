@@ -22,8 +22,9 @@ sys.path.insert(0, str(ROOT))
 from tests.zoo import Trip, round_trip  # noqa: E402 (the path has to be set before)
 
 PAGE = ROOT / "docs" / "reference" / "supported-models.md"
-# Largest difference of logits, as a share of the largest one, that sums in another order explain.
-MOST = 1e-4
+# Largest difference of logits, as a share of the largest one: CPU kernels round activations to 15
+# bits, by 3e-5 of the largest each.
+MOST = 5e-4
 # Why a type is not even tried.
 NOT_TRIED = {
     "blt": "its parts have configurations of their own, which the shrinking does not know",

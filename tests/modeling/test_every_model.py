@@ -23,6 +23,8 @@ from tests.tiny import tiny_examples, tiny_model
 from tests.zoo import round_trip, tiny_of
 
 WEIGHTS = "gptq_model-4bit-32g.safetensors"
+# Of the largest logit: CPU kernels round activations to 15 bits, by 3e-5 of the largest each.
+MOST = 5e-4
 # One for each way in which models differ; scripts/supported_models.py tries all.
 FAST = {
     "mixtral": 24,  # experts stored under other names than transformers 5 has
@@ -47,14 +49,14 @@ def test_models_without_a_row_come_back_as_they_were_quantized(
     assert trip.experts == experts
     assert trip.quantized > experts or model_type == "jetmoe"
     assert not any(".experts." in name and ".router" not in name for name in trip.dense)
-    assert trip.by_us < 1e-5  # the order of fp32 sums differs
+    assert trip.by_us < MOST
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
 def test_transformers_loads_what_was_found_out(model_type: str, tmp_path: Path) -> None:
     difference = round_trip(model_type, tmp_path, by_transformers=True).by_transformers
     assert isinstance(difference, float)
-    assert difference < 1e-5
+    assert difference < MOST
 
 
 # What community checkpoints of the time of AutoGPTQ and vLLM call an expert's linear.
@@ -72,7 +74,7 @@ def test_old_layouts_with_one_tensor_per_expert_are_written_and_loaded(
     model_type: str, expert: str, tmp_path: Path
 ) -> None:
     """The file is rewritten with only the community's names: nothing else may be needed."""
-    assert round_trip(model_type, tmp_path).by_us < 1e-5
+    assert round_trip(model_type, tmp_path).by_us < MOST
     tensors = load_file(tmp_path / WEIGHTS)
     assert {f"{expert}.{leaf}" for leaf in ("qweight", "qzeros", "scales", "g_idx")} <= set(tensors)
     assert not any("gate_up_proj" in name for name in tensors)
@@ -128,7 +130,7 @@ def test_a_hand_written_model_is_discovered_and_quantized_without_code() -> None
     after = model(ids)
     assert 0 < float((after - before).norm()) < 0.02 * float(before.norm())
     dequantize(model, torch.float32)
-    assert torch.allclose(model(ids), after, rtol=1e-4, atol=1e-5)
+    assert (model(ids) - after).abs().max() < MOST * after.abs().max()
 
 
 def test_a_model_without_repeated_linears_is_refused_by_name() -> None:
@@ -249,4 +251,5 @@ def test_a_model_that_sees_takes_a_processors_batches(tmp_path: Path) -> None:
     wrapper.save_quantized(tmp_path)
     loaded = AutoGPTQForCausalLM.from_quantized(tmp_path, device="cpu")
     found = loaded(**example).logits
-    assert torch.allclose(found, wrapper(**example).logits, rtol=1e-4, atol=1e-4)
+    wanted = wrapper(**example).logits
+    assert (found - wanted).abs().max() < MOST * wanted.abs().max()

@@ -98,6 +98,10 @@ def test_packed_experts_run_grouped_as_they_do_one_by_one(
     wrapper = BaseGPTQForCausalLM(model, False, BaseQuantizeConfig(group_size=32, desc_act=False))
     wrapper.quantize(tiny_examples(2, 24))
     model.to(device)
+    for layer in model.modules():  # tiles are for kernels that run layers one by one
+        if isinstance(layer, QuantLinear):
+            layer.stays_prepared = False
+            layer.restore()
     calls: list[int] = []
     grouped = unfused.UnfusedExperts._project_grouped
 
