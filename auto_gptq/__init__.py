@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from . import _old_names
 from ._version import __version__
+from .integrations import transformers as _transformers
 
 if TYPE_CHECKING:
     from .modeling._utils import exllama_set_max_input_length
@@ -24,6 +25,8 @@ __all__ = [
 ]
 
 _old_names.install()
+# The one effect of importing: transformers loads GPTQ models with this package.
+_transformers.enable(even_beside_gptqmodel=False)
 __getattr__ = _old_names.getter(__name__)
 
 

@@ -61,11 +61,39 @@ def fill(
         layer.check(name)
 
 
-def some(names: Iterable[str]) -> str:
+def check_packed(
+    layers: Mapping[str, QuantLinear],
+    weights: WeightFiles,
+    headers: dict[str, Header],
+    layouts: Mapping[str, str],
+    *,
+    contiguous: Container[str],
+) -> None:
+    """Compare a checkpoint with the layers that its packed tensors are for, where others fill them.
+
+    :param layers: by their names in the checkpoint; on whatever device
+    :raises CheckpointError: as :func:`fill` does, before a weight is read
+    """
+    slots: dict[str, _Slot] = {}
+    superfluous: dict[str, _Slot] = {}
+    for name, layer in layers.items():
+        own = _packed_slots(name, layer, layouts[name], name in contiguous)
+        slots |= own
+        if layer.bias is None and f"{name}.bias" in headers:
+            superfluous[f"{name}.bias"] = own[f"{name}.bias"]
+    _refuse_missing([n for n, s in slots.items() if n not in headers and not s.optional], headers)
+    for name, slot in slots.items():
+        if name in headers:
+            _check_header(name, slot, headers[name])
+    for name, tensor in read_tensors(weights, superfluous) if superfluous else ():
+        superfluous[name].take(tensor)
+
+
+def some(names: Iterable[str], most: int = _MOST_NAMES_SHOWN) -> str:
     """Give the first few of many names."""
     listed = list(names)
-    shown = ", ".join(listed[:_MOST_NAMES_SHOWN])
-    more = len(listed) - _MOST_NAMES_SHOWN
+    shown = ", ".join(listed[:most])
+    more = len(listed) - most
     return f"{shown} and {more} more" if more > 0 else shown
 
 
@@ -137,18 +165,22 @@ def _check(model: nn.Module, slots: dict[str, _Slot], headers: Mapping[str, Head
         and not slot.optional
         and not any(twin in headers for twin in tied.get(name, ()))
     )
-    if missing:
-        where = next(iter(headers.values())).file.parent
-        raise CheckpointError(
-            f"The checkpoint in {where} lacks {len(missing)} tensors: {some(missing)}. "
-            "It is incomplete, or belongs to another model."
-        )
+    _refuse_missing(missing, headers)
     for name, header in headers.items():
         if name in slots:
             _check_header(name, slots[name], header)
     unexpected = [name for name in headers if name not in slots]
     if unexpected:
         logger.warning("Ignoring tensors that the model does not have: %s", some(unexpected))
+
+
+def _refuse_missing(names: list[str], headers: Mapping[str, Header]) -> None:
+    if names:
+        where = next(iter(headers.values())).file.parent
+        raise CheckpointError(
+            f"The checkpoint in {where} lacks {len(names)} tensors: {some(names)}. "
+            "It is incomplete, or belongs to another model."
+        )
 
 
 def _check_header(name: str, slot: _Slot, header: Header) -> None:

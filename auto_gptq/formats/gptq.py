@@ -66,7 +66,8 @@ def pack_layer(
         qweight=pack(codes.t(), bits),
         qzeros=pack_zeros(stored_zeros.t(), bits),
         scales=scales.t().to(scale_dtype).contiguous(),
-        g_idx=g_idx.to(torch.int32),
+        # Copied: linears solved together share it, and transformers saves no shared tensors.
+        g_idx=g_idx.to(torch.int32, copy=True),
     )
 
 

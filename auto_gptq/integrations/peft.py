@@ -3,19 +3,27 @@
 PEFT takes a :class:`QuantLinear` for what it is, an ``nn.Linear``, so nothing in it is replaced:
 ``peft.get_peft_model`` works as well, with LoRA, DoRA, AdaLoRA, IA3 and others. What would write
 into the quantized weights (merging, PiSSA) raises DerivedWeightError.
+
+Mixtures of experts are the exception. PEFT rewrites adapters of their linears for the fused tensors
+of transformers 5, which a quantized model does not have, and then skips the experts without a word.
+:func:`adapting_experts` keeps it from that; :func:`get_gptq_peft_model` uses it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..errors import ConfigError
 from ..modeling import BaseGPTQForCausalLM
+from ..nn_modules.unfused import find_unfused
 from ..optional import require
 
 if TYPE_CHECKING:
@@ -32,6 +40,10 @@ _BASES = {
 _CONFIGS = {"LORA": "GPTQLoraConfig", "ADALORA": "GPTQAdaLoraConfig"}
 # Settings that AutoGPTQ's configs carry and that mean nothing here.
 _FUSED = ("injected_fused_attention", "injected_fused_mlp")
+# Where PEFT rewrites adapters, and what each function does its work on and would have to return.
+_CONVERSIONS = "peft.utils.transformers_weight_conversion"
+_CONVERT_CONFIG = "convert_peft_config_for_transformers"
+_CONVERT_WEIGHTS = "convert_peft_adapter_state_dict_for_transformers"
 
 
 def __getattr__(name: str) -> Any:
@@ -108,11 +120,13 @@ def get_gptq_peft_model(
         )
     peft, inner = _peft(), _inner(model)
     if not train_mode:
-        loaded: PeftModel = peft.PeftModel.from_pretrained(inner, model_id, adapter_name)
+        with adapting_experts():
+            loaded: PeftModel = peft.PeftModel.from_pretrained(inner, model_id, adapter_name)
         return loaded
     config = _fitted(peft_config, inner, auto_find_all_linears)
     try:
-        adapted: PeftModel = peft.get_peft_model(inner, config, adapter_name=adapter_name)
+        with adapting_experts():
+            adapted: PeftModel = peft.get_peft_model(inner, config, adapter_name=adapter_name)
     except StopIteration as error:  # adaption prompts: next(attention.parameters())
         raise ConfigError(
             f"PEFT's {type(config).__name__} looks for a parameter in modules that hold only "
@@ -124,6 +138,49 @@ def get_gptq_peft_model(
         if ".ranknum." in name:
             parameter.requires_grad_(False)
     return adapted
+
+
+@contextmanager
+def adapting_experts() -> Iterator[None]:
+    """Let PEFT adapt the experts of quantized models one by one, inside a ``with``.
+
+    Wrap the making and the loading of an adapter in it. Other models are treated as ever.
+    """
+    _peft()
+    try:
+        module: Any = importlib.import_module(_CONVERSIONS)
+    except ModuleNotFoundError:  # PEFT before 0.19 rewrites nothing
+        yield
+        return
+    former = {name: getattr(module, name) for name in (_CONVERT_CONFIG, _CONVERT_WEIGHTS)}
+    setattr(module, _CONVERT_CONFIG, _unless_parted(former[_CONVERT_CONFIG], model_at=1))
+    setattr(
+        module, _CONVERT_WEIGHTS, _unless_parted(former[_CONVERT_WEIGHTS], model_at=0, result_at=2)
+    )
+    try:
+        yield
+    finally:
+        vars(module).update(former)
+
+
+def _unless_parted(
+    convert: Callable[..., Any], *, model_at: int, result_at: int | None = None
+) -> Callable[..., Any]:
+    """Make a conversion do nothing to a model whose experts are modules of their own.
+
+    :param model_at: position of the model among the arguments
+    :param result_at: position of what is converted, if it is returned and not changed in place
+    """
+    names = list(inspect.signature(convert).parameters)
+
+    @functools.wraps(convert)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if not find_unfused(given[names[model_at]]):
+            return convert(*args, **kwargs)
+        return None if result_at is None else given[names[result_at]]
+
+    return wrapped
 
 
 def _inner(model: nn.Module) -> Any:

@@ -83,6 +83,19 @@ torch.library.register_autograd(
 
 
 _define(
+    "q_linear_experts",
+    "Tensor x, Tensor offsets, Tensor[] qweight, Tensor[] qzeros, Tensor[] scales, "
+    "Tensor[] g_idx, int bits, int zero_offset",
+    reference.q_linear_experts,
+)
+
+
+@torch.library.register_fake("auto_gptq::q_linear_experts", lib=_library)
+def _(x: Tensor, offsets: Tensor, qweight: list[Tensor], *_others: Any) -> Tensor:
+    return x.new_empty(x.shape[0], qweight[0].shape[1])
+
+
+_define(
     "solve_columns",
     "Tensor(a!) weight, Tensor(b!) codes, Tensor(c!) errors, "
     "Tensor inverse, Tensor scales, Tensor zeros, Tensor group, int maxq",

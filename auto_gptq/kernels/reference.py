@@ -105,6 +105,29 @@ def q_matmul(
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
+def q_linear_experts(
+    x: Tensor,  # [S, K], rows sorted by expert
+    offsets: Tensor,  # [E] int, where each expert's rows end
+    qweight: list[Tensor],  # per expert, as in `q_linear`
+    qzeros: list[Tensor],
+    scales: list[Tensor],
+    g_idx: list[Tensor],
+    bits: int,
+    zero_offset: int,
+) -> Tensor:  # [S, N]
+    """Multiply each expert's rows by its own weight; rows behind the last expert's give 0."""
+    output = x.new_zeros(x.shape[0], qweight[0].shape[1])
+    start = 0
+    for e, stop in enumerate(offsets.tolist()):
+        if stop > start:
+            packed = (qweight[e], qzeros[e], scales[e], g_idx[e])
+            output[start:stop] = torch.ops.auto_gptq.q_linear(
+                x[start:stop], *packed, None, bits, zero_offset
+            )
+        start = stop
+    return output
+
+
 def solve_columns(
     weight: Tensor,  # [B, N] fp32, a block of columns held transposed; updated in place
     codes: Tensor,  # out [B, N] uint8

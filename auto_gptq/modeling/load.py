@@ -99,7 +99,7 @@ def load_packed(
     if head is not None and head in find_packed(headers, config.checkpoint_format):
         untie(model, head)
     layouts = _insert_quant_linears(model, headers, config)
-    contiguous = {name for name in layouts if _is_contiguous(config.settings_for(name) or config)}
+    contiguous = {name for name in layouts if (config.settings_for(name) or config).contiguous}
     fill(model, weights, headers, layouts, torch_dtype=torch_dtype, contiguous=contiguous)
     model.tie_weights()
     model.eval()
@@ -147,10 +147,6 @@ def _insert_quant_linears(
         layers.append((name, layer))
     replace(model, layers)
     return layouts
-
-
-def _is_contiguous(settings: BaseQuantizeConfig) -> bool:
-    return settings.group_size == -1 or settings.static_groups or not settings.desc_act
 
 
 def _prepare_marlin(name: str, layer: QuantLinear) -> None:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..checkpoint.layouts import WRITABLE, encode
+from ..checkpoint.reader import WeightFiles
 from ..checkpoint.safetensors_file import Outgoing
+from ..checkpoint.servable import judge
 from ..checkpoint.writer import Files, file_pattern, staged, write_weights
 from ..errors import ConfigError
 from ..formats.gptq import has_middle_zeros, has_zero_zeros
@@ -69,6 +71,16 @@ def save_checkpoint(
             )
         if source is not None:
             carry_files(source, stage)
+        refused = _refused(stage, files)
+    if refused:
+        logger.warning("Saved, but not every server will run it. %s.", ". ".join(refused))
+
+
+def _refused(folder: Path, files: Files) -> list[str]:
+    """Give what servers refuse about a folder just written."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    written = WeightFiles(sorted(folder.glob(f"*{files.extension}")), "")
+    return [str(verdict) for verdict in judge(config, written).values() if not verdict]
 
 
 def saved_config(

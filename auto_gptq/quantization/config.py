@@ -139,6 +139,11 @@ class BaseQuantizeConfig:
                 f"{self.quant_method!r}; possible: {sorted(formats)}."
             )
 
+    @property
+    def contiguous(self) -> bool:
+        """Tell whether groups are neighbours, so that ``g_idx`` says nothing new."""
+        return self.group_size == -1 or self.static_groups or not self.desc_act
+
     def settings_for(self, name: str) -> BaseQuantizeConfig | None:
         """Give the settings of one module by its full name; None if it stays dense."""
         override = find_override(self.dynamic or {}, name)

@@ -112,25 +112,6 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
-// A cluster's blocks wait for each other; then each sees what the others wrote to shared memory.
-__device__ __forceinline__ void wait_for_cluster() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-#endif
-}
-
-// Read what lies at the same place of another block's shared memory.
-__device__ __forceinline__ float read_of_cluster(const float* place, int block) {
-  float value = 0;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(place));
-  uint32_t there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(block));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(there) : "memory");
-#endif
-  return value;
-}
-
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }

@@ -3,9 +3,8 @@
 
 #include "../launch.h"
 
-// Up to 16 rows of x, K up to 2^20 (q_small.cu).
+// Up to 16 rows of x, K up to 2^20 (q_small.cu); the workspace is that of gather.
 const char* auto_gptq_cuda_q_small(const auto_gptq::Product* product, void* stream);
-int64_t auto_gptq_cuda_q_small_workspace(const auto_gptq::Product* product);
 
 // Bring x, [M, K] of a 16-bit type, into the order of the tiles: into the workspace.
 const char* auto_gptq_cuda_gather(const auto_gptq::Product* product, void* stream);

@@ -3,6 +3,9 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <iterator>
+
 #include "device.h"
 #include "mma.cuh"
 #include "q_matmul.h"
@@ -10,30 +13,41 @@
 namespace auto_gptq {
 namespace {
 
-// Measured on an H100 (benchmarks/kernels.py); the first row that a product fits is taken.
+// Measured on an H100 with weights that are in no cache; the first row that a product fits is taken.
 struct Row {
-  int32_t most_m;
-  int64_t least_n;  // outputs
+  int64_t most_n;  // outputs
+  int64_t most_k;  // inputs
   SmallConfig config;
 };
 
+constexpr int64_t kAny = INT64_MAX;
+
+// What is in flight counts, and whether there are blocks for all processors: few outputs are parted
+// finely, and more warps share out the inputs.
 constexpr Row kTable[] = {
-    {8, 0, {2, 8, 1, 1, 1 << 20}},
-    {16, 0, {2, 8, 1, 1, 1 << 20}},
+    {2048, kAny, {1, 16}},
+    {4096, 4096, {4, 16}},
+    {4096, kAny, {2, 16}},
+    {8192, kAny, {4, 16}},
+    {kAny, kAny, {4, 8}},
 };
+// From 9 rows of x on, and for 8 bits, there is less room for codes; small groups and few bits want
+// more warps that decode.
+constexpr SmallConfig kManyRows{2, 8}, kEightBits{1, 8}, kFewBytes{2, 16};
 
 SmallConfig choose(const Product& product) {
-  for (const Row& row : kTable) {
-    if (product.m <= row.most_m && product.weight.n >= row.least_n) {
-      return row.config;
-    }
+  const Tiled& weight = product.weight;
+  if (product.m > 8) {
+    return kManyRows;
   }
-  return kTable[0].config;
-}
-
-// Little of x is sorted by each block of the kernel itself, which saves a kernel in front of it.
-bool sorts_itself(const Product& product) {
-  return product.m <= 2 && product.m * product.weight.k <= 16384;
+  if (weight.run != 64 || (weight.bits < 4 && weight.n > 2048 && weight.n <= 8192)) {
+    return kFewBytes;
+  }
+  if (weight.bits == 8) {
+    return kEightBits;
+  }
+  const auto fits = [&](const Row& row) { return weight.n <= row.most_n && weight.k <= row.most_k; };
+  return std::find_if(std::begin(kTable), std::end(kTable), fits)->config;
 }
 
 struct Gather {
@@ -82,13 +96,9 @@ int64_t auto_gptq_cuda_sorted_x_bytes(const Product* product) {
   return product->weight.perm ? 2 * product->m * product->weight.k : 0;
 }
 
-int64_t auto_gptq_cuda_q_small_workspace(const Product* product) {
-  return sorts_itself(*product) ? 0 : auto_gptq_cuda_sorted_x_bytes(product);
-}
-
 const char* auto_gptq_cuda_q_small(const Product* given, void* stream) {
   Product product = *given;
-  if (product.weight.perm && !sorts_itself(product)) {
+  if (product.weight.perm) {
     const char* failure = auto_gptq_cuda_gather(given, stream);
     if (failure) {
       return failure;

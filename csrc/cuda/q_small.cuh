@@ -1,15 +1,13 @@
 // y = x W^T for up to 16 rows of x, bound by reading the weight.
 //
-// A block takes 16 * RW outputs after another, and its warps share out the inputs.  A warp copies its
-// tiles, and their scales, into a ring of its own in shared memory, many tiles ahead: the first ones
-// before the previous kernel has ended, because weights do not depend on it.  Codes go to tensor cores as raw numbers,
+// A block owns 16 * RW outputs, and its warps share out the inputs.  A warp copies its tiles, and
+// their scales, into a ring of its own in shared memory, many tiles ahead: before the previous
+// kernel has ended, because weights do not depend on it.  Codes go to tensor cores as raw numbers,
 // unit * code + base; sums of x, which a product with ones gives, then take out base and zero point,
 // so that both cost nothing per weight and a group's sum is one of integers times x.
 #pragma once
 
 #include <cuda_runtime.h>
-
-#include <algorithm>
 
 #include "../launch.h"
 #include "device.h"
@@ -23,7 +21,7 @@ struct Small {
   const uint32_t* tiles;
   const void* scales;
   const uint8_t* zeros;
-  const int32_t* perm;  // null if x is in the order of the tiles
+  const int32_t* perm;
   const void* x;
   const void* bias;
   void* y;
@@ -37,12 +35,7 @@ struct Small {
   uint32_t group_of_run;  // multiplier: run (or unit) r is in group umulhi(2 r + 1, group_of_run)
   int32_t scale_bytes;    // 2 or 4
   int32_t scale_shift;    // what makes a scale's bits those of a float: 16 for bf16, 0 for fp32
-  int32_t warps_log;      // of a block
-  int32_t splits_log;     // blocks, a cluster, that share out the inputs
   int32_t warp_bytes;     // shared memory of a warp
-  int32_t x_pitch;        // bytes from a row of x to the next, there
-  int32_t blocks;         // of outputs
-  bool streams_x;         // x comes with every unit, because all of it does not fit
   DataType scale_type;
 };
 
@@ -150,75 +143,68 @@ struct SmallKernel {
   static constexpr int kGrids = UNIT == kSteps ? 4 : 1;
   static constexpr int kTileBytes = RW * 128 * BITS;
   static constexpr int kWeightBytes = kTiles * kTileBytes;
-  static constexpr int kXBytes = kTiles * 128;  // of a row of x, in a unit
-  static constexpr int kOutputs = 16 * RW;
-  static constexpr int kSumPitch = kOutputs + 4;  // keeps the lanes of a warp on banks of their own
-
-  // Shared memory of one stage of one warp: codes, rows of x if they do not lie there for good,
-  // scales, zeros.
-  __host__ __device__ static int stage_bytes(int scale_bytes, bool zeros, int x_rows) {
-    return kWeightBytes + x_rows * x_pitch(1) +
-           kGrids * kOutputs * (scale_bytes + (zeros ? 1 : 0));
-  }
   // Rows of x lie 16 bytes apart modulo 128, so that the 8 rows of a fragment meet no bank twice.
-  __host__ __device__ static int x_pitch(int units) { return units * kXBytes + 16; }
-  // Two sets of the warps' sums: one is written while the other is still read.
-  __host__ __device__ static int sums_bytes(int warps, int m) {
-    return 2 * warps * m * kSumPitch * 4;
+  static constexpr int kPitch = kTiles * 128 + 16;
+
+  // Shared memory of one stage of one warp: codes, x, scales, zeros.
+  __host__ __device__ static int stage_bytes(int m, int scale_bytes, bool zeros) {
+    return kWeightBytes + m * kPitch + kGrids * 16 * RW * (scale_bytes + (zeros ? 1 : 0));
   }
 
   const Small& p;
-  const int lane, warp, warps;
-  const int rank;         // of this block, among those that share out the inputs
-  const int first, last;  // units of this warp
-  char* const ring;       // of this warp: stages, then all of x that it needs, if that fits
-  float* const sums;      // of the block
-  const int bytes;        // of a stage
-  const int grid_at;      // where its scales begin
+  const int lane, first_row;  // first_row: of this block
+  char* const ring;
+  const int bytes, grid_at;  // of a stage, and where its scales begin
+  int x_at;                  // where this lane's part of x begins in a stage
 
-  __device__ SmallKernel(const Small& task, char* memory)
+  __device__ SmallKernel(const Small& task, char* memory, int warp)
       : p(task),
         lane(threadIdx.x % 32),
-        warp(threadIdx.x / 32),
-        warps(blockDim.x / 32),
-        rank(blockIdx.x & ((1 << task.splits_log) - 1)),
-        first(task.units * (rank * warps + warp) >> (task.splits_log + task.warps_log)),
-        last(task.units * (rank * warps + warp + 1) >> (task.splits_log + task.warps_log)),
-        ring(memory + sums_bytes(warps, task.m) + warp * task.warp_bytes),
-        sums(reinterpret_cast<float*>(memory)),
-        bytes(stage_bytes(task.scale_bytes, task.zeros != nullptr, task.streams_x ? task.m : 0)),
-        grid_at(kWeightBytes + (task.streams_x ? task.m * x_pitch(1) : 0)) {}
+        first_row(blockIdx.x * 16 * RW),
+        ring(memory + warp * task.warp_bytes),
+        bytes(stage_bytes(task.m, task.scale_bytes, task.zeros != nullptr)),
+        grid_at(kWeightBytes + task.m * kPitch) {
+    // Rows beyond M only reach columns that nobody writes.
+    x_at = kWeightBytes + min(lane / 4, task.m - 1) * kPitch + (UNIT == kSteps ? 0 : lane % 4 * 32);
+  }
 
-  // What a lane copies of the next unit, in pieces of 16 bytes: codes, and at most one piece of the
-  // scales and one of the zeros.
+  // What a lane copies of the next unit, in pieces of 16 bytes: codes, x, and at most one piece of
+  // the scales and one of the zeros.
   struct Source {
-    int block, unit;
     const char* codes;
     const char* scales;    // of the unit's group, or of the first if UNIT is kSteps
     const uint8_t* zeros;  // likewise
-    int left;              // units of this group that are still to come
+    bool copies_scales, copies_zeros;
+    int left;  // units of this group that are still to come
+    const T* x;
+    int place;  // of x
+    uint64_t policy;
   };
 
   static constexpr int kLogRW = RW == 4 ? 2 : RW / 2;
+  static constexpr int kPieces = 8 * kTiles, kRows = 32 / kPieces;  // of a row of x; rows at once
 
   __device__ __forceinline__ int scale_log() const {
     return UNIT == kSteps && p.scale_bytes == 4 ? 2 : 1;
   }
 
-  __device__ __forceinline__ Source source(int block) const {
-    const int first_row = block * kOutputs, row_tile = first_row / 16 % 4, log = scale_log();
+  __device__ __forceinline__ Source source(int unit) const {
+    const int row_tile = first_row / 16 % 4, log = scale_log();
     const int64_t of_rows = static_cast<int64_t>(first_row / kSide) * p.k_tiles;
     Source s;
-    s.block = block;
-    s.unit = first;
-    s.codes = reinterpret_cast<const char*>(p.tiles) + (of_rows + first * kTiles) * (512 * BITS) +
+    s.codes = reinterpret_cast<const char*>(p.tiles) + (of_rows + unit * kTiles) * (512 * BITS) +
               (BITS == 3 ? row_tile * 256 : row_tile * 128 * BITS) + 16 * lane;
-    const int group = UNIT == kSteps ? 0 : group_of(first);
+    const int group = UNIT == kSteps ? 0 : group_of(unit);
     const int64_t grid = static_cast<int64_t>(group) * p.scale_stride + first_row;
     s.scales =
         static_cast<const char*>(p.scales) + (grid << log) + (lane & ((RW << log) - 1)) * 16;
     s.zeros = p.zeros + grid + lane % RW * 16;
-    s.left = (group + 1) * p.runs_of_group - first;
+    s.copies_scales = lane >> (kLogRW + log) < kGrids;
+    s.copies_zeros = p.zeros && lane >> kLogRW < kGrids;
+    s.left = (group + 1) * p.runs_of_group - unit;
+    s.place = unit * (kTiles * kSide) + lane % kPieces * 8;
+    s.x = static_cast<const T*>(p.x) + (lane / kPieces * p.k + s.place);
+    s.policy = evict_first();
     return s;
   }
 
@@ -232,7 +218,7 @@ struct SmallKernel {
   }
 
   // Copy the weight of a unit and go on to the next.
-  __device__ __forceinline__ void copy_weight(Source& s, uint32_t to, uint64_t policy) const {
+  __device__ __forceinline__ void copy_weight(Source& s, int unit, uint32_t to) const {
     constexpr int kCodePieces = kTileBytes / 16;
     to += 16 * lane;
 #pragma unroll
@@ -242,30 +228,28 @@ struct SmallKernel {
         const int i = lane + 32 * j;
         int at = 512 * BITS * t + 512 * j;
         if constexpr (BITS == 3) {  // the plane of the highest bits lies further on
-          at += i < RW * 16 ? 0 : 1024 - RW * 256 - s.block * RW % 4 * 128;
+          at += i < RW * 16 ? 0 : 1024 - RW * 256 - first_row / 16 % 4 * 128;
         }
         if (kCodePieces % 32 == 0 || i < kCodePieces) {
-          copy_once(to + kTileBytes * t + 512 * j, s.codes + at, policy);
+          copy_once(to + kTileBytes * t + 512 * j, s.codes + at, s.policy);
         }
       }
     }
     s.codes += kTiles * 512 * BITS;
-    const uint32_t zeros_to = to + grid_at + (kGrids * kOutputs << scale_log());
-    const bool copies_scales = lane < kGrids * RW << scale_log();
-    const bool copies_zeros = p.zeros && lane < kGrids * RW;
+    const uint32_t zeros_to = to + grid_at + (kGrids * 16 * RW << scale_log());
     if constexpr (UNIT == kSteps) {
-      if (copies_scales) {
-        const int64_t row = group_of_step(s.unit, kLogRW + scale_log()) * p.scale_stride;
+      if (s.copies_scales) {
+        const int64_t row = group_of_step(unit, kLogRW + scale_log()) * p.scale_stride;
         copy(to + grid_at, s.scales + (row << scale_log()));
       }
-      if (copies_zeros) {
-        copy(zeros_to, s.zeros + group_of_step(s.unit, kLogRW) * p.scale_stride);
+      if (s.copies_zeros) {
+        copy(zeros_to, s.zeros + group_of_step(unit, kLogRW) * p.scale_stride);
       }
     } else {
-      if (copies_scales) {
+      if (s.copies_scales) {
         copy(to + grid_at, s.scales);
       }
-      if (copies_zeros) {
+      if (s.copies_zeros) {
         copy(zeros_to, s.zeros);
       }
       if (--s.left == 0) {
@@ -274,74 +258,28 @@ struct SmallKernel {
         s.zeros += p.scale_stride;
       }
     }
-    if (++s.unit == last) {
-      s = source(s.block + (gridDim.x >> p.splits_log));
-    }
   }
 
-  // Copy all of x that this warp needs.
-  __device__ __forceinline__ void copy_x(uint32_t to) const {
-    const int pieces = (last - first) * (kXBytes / 16);
-    for (int row = 0; row < p.m; ++row, to += p.x_pitch) {
-      const T* x = static_cast<const T*>(p.x) + static_cast<int64_t>(row) * p.k;
-      for (int i = lane; i < pieces; i += 32) {
-        const int place = first * (kTiles * kSide) + 8 * i;
-        copy_or_clear(to + 16 * i, x + place, place < p.k);
-      }
-    }
-  }
-
-  // The same in the order of the tiles: all of x is brought to the block first, because gathering
-  // from global memory, 2 bytes at a time, would be slow.
-  __device__ __forceinline__ void sort_x(char* to, uint4* all) const {
-    const int pieces = p.m * p.k / 8;
-    for (int i = threadIdx.x; i < pieces; i += blockDim.x) {
-      all[i] = reinterpret_cast<const uint4*>(p.x)[i];
-    }
-    __syncthreads();
-    const int begin = first * (kTiles * kSide), end = last * (kTiles * kSide);
-    for (int place = begin + 4 * lane; place < end; place += 128) {
-      const bool exists = place < p.k;
-      const int4 from = exists ? *reinterpret_cast<const int4*>(p.perm + place) : int4{};
-      for (int row = 0; row < p.m; ++row) {
-        const uint16_t* x = reinterpret_cast<const uint16_t*>(all) + row * p.k;
-        uint2 v{};
-        if (exists) {
-          v.x = x[from.x] | static_cast<uint32_t>(x[from.y]) << 16;
-          v.y = x[from.z] | static_cast<uint32_t>(x[from.w]) << 16;
-        }
-        *reinterpret_cast<uint2*>(to + row * p.x_pitch + 2 * (place - begin)) = v;
-      }
-    }
-  }
-
-  // Ask for the part of perm that this warp will need.
-  __device__ __forceinline__ void fetch_perm() const {
-    const int end = min(last * (kTiles * kSide), p.k);
-    for (int place = first * (kTiles * kSide) + 32 * lane; place < end; place += 1024) {
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(p.perm + place));
-    }
-  }
-
-  // Copy x of one unit into a stage.
-  __device__ __forceinline__ void copy_x(int unit, uint32_t to) const {
-    constexpr int kPieces = kXBytes / 16, kRows = 32 / kPieces;  // of a row; rows at once
-    const int place = unit * (kTiles * kSide) + lane % kPieces * 8;
-    const T* x = static_cast<const T*>(p.x) + place;
-    to += kWeightBytes + lane % kPieces * 16;
+  // Copy x of a unit and go on to the next.
+  __device__ __forceinline__ void copy_x(Source& s, uint32_t to) const {
+    const int row = lane / kPieces;
+    const uint32_t at = to + kWeightBytes + row * kPitch + lane % kPieces * 16;
+    const bool exists = s.place < p.k;
 #pragma unroll
     for (int j = 0; j < 8 * NT / kRows; ++j) {
-      const int row = lane / kPieces + j * kRows;
-      if (row < p.m) {
-        copy_or_clear(to + row * x_pitch(1), x + static_cast<int64_t>(row) * p.k, place < p.k);
+      if (j * kRows >= p.m) {
+        break;
+      }
+      if (row + j * kRows < p.m) {
+        copy_or_clear(at + j * kRows * kPitch, s.x + j * kRows * p.k, exists);
       }
     }
+    s.x += kTiles * kSide;
+    s.place += kTiles * kSide;
   }
 
-  // A product waits for the one that it adds to: with little else to do, two tiles are summed apart.
-  static constexpr int kChains = RW * NT <= 2 ? kTiles : 1;
-  using Sums = float[kChains][RW][NT][4];
-  using Ones = float[kChains][NT][4];
+  using Sums = float[kTiles][RW][NT][4];
+  using Ones = float[kTiles][NT][4];
 
   // Add scale * (code - zero) x of one grid to the totals, which stay in units of Raw.
   template <bool ZEROS>
@@ -351,7 +289,7 @@ struct SmallKernel {
                                        const char* stage,
                                        int grid) const {
     const char* scales = stage + grid_at;
-    const char* zeros = scales + (kGrids * kOutputs << scale_log());
+    const char* zeros = scales + (kGrids * 16 * RW << scale_log());
 #pragma unroll
     for (int r = 0; r < RW; ++r) {
 #pragma unroll
@@ -369,9 +307,9 @@ struct SmallKernel {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             float all = sum[0][r][t][2 * h + i], of_x = ones[0][t][i];
-            if (kChains == 2) {
-              all += sum[kChains - 1][r][t][2 * h + i];
-              of_x += ones[kChains - 1][t][i];
+            if (kTiles == 2) {
+              all += sum[kTiles - 1][r][t][2 * h + i];
+              of_x += ones[kTiles - 1][t][i];
             }
             total[r][t][2 * h + i] += scale * (all + taken * of_x);
           }
@@ -392,22 +330,22 @@ struct SmallKernel {
   }
 
   // The B operands of a tile's four steps.
-  __device__ __forceinline__ void read_x(uint32_t (&b)[NT][8],
-                                         const char* x,  // of the unit, row 0
-                                         int tile) const {
-    const int pitch = p.x_pitch;
+  __device__ __forceinline__ void read_x(uint32_t (&b)[NT][8], const char* stage, int tile) const {
 #pragma unroll
     for (int t = 0; t < NT; ++t) {
-      // Rows beyond M only reach columns that nobody writes.
-      const char* row = x + min(t * 8 + lane / 4, p.m - 1) * pitch + tile * 128;
+      int at = x_at;
+      if (t == 1) {
+        at += (min(8 + lane / 4, p.m - 1) - lane / 4) * kPitch;
+      }
+      const char* x = stage + at + tile * 128;
       if constexpr (UNIT == kSteps) {
 #pragma unroll
         for (int s = 0; s < 4; ++s) {
-          const uint2 u = *reinterpret_cast<const uint2*>(row + 2 * place_of(s, lane % 4, p.run));
+          const uint2 u = *reinterpret_cast<const uint2*>(x + 2 * place_of(s, lane % 4, p.run));
           b[t][2 * s] = u.x, b[t][2 * s + 1] = u.y;
         }
       } else {
-        const uint4* from = reinterpret_cast<const uint4*>(row + lane % 4 * 32);
+        const uint4* from = reinterpret_cast<const uint4*>(x);
         const uint4 u = from[0], v = from[1];
         b[t][0] = u.x, b[t][1] = u.y, b[t][2] = u.z, b[t][3] = u.w;
         b[t][4] = v.x, b[t][5] = v.y, b[t][6] = v.z, b[t][7] = v.w;
@@ -415,16 +353,14 @@ struct SmallKernel {
     }
   }
 
-  __device__ __forceinline__ void multiply(float (&total)[RW][NT][4],
-                                           const char* stage,
-                                           const char* x) const {
+  __device__ __forceinline__ void multiply(float (&total)[RW][NT][4], const char* stage) const {
     const uint32_t one = Pairs<T>::constant(1.0f), all_ones[4] = {one, one, one, one};
     Sums sum = {};
     Ones ones = {};
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       uint32_t b[NT][8];
-      read_x(b, x, tile);
+      read_x(b, stage, tile);
       LaneCodes<BITS> codes[RW];
 #pragma unroll
       for (int r = 0; r < RW; ++r) {
@@ -434,7 +370,7 @@ struct SmallKernel {
       for (int s = 0; s < 4; ++s) {
 #pragma unroll
         for (int t = 0; t < NT; ++t) {
-          mma<T>(ones[tile % kChains][t], all_ones, b[t][2 * s], b[t][2 * s + 1]);
+          mma<T>(ones[tile][t], all_ones, b[t][2 * s], b[t][2 * s + 1]);
         }
 #pragma unroll
         for (int r = 0; r < RW; ++r) {
@@ -442,7 +378,7 @@ struct SmallKernel {
           Raw<BITS, T>::operand(codes[r], s, a);
 #pragma unroll
           for (int t = 0; t < NT; ++t) {
-            mma<T>(sum[tile % kChains][r][t], a, b[t][2 * s], b[t][2 * s + 1]);
+            mma<T>(sum[tile][r][t], a, b[t][2 * s], b[t][2 * s + 1]);
           }
         }
         if constexpr (UNIT == kSteps) {
@@ -478,117 +414,84 @@ struct SmallKernel {
     }
   }
 
-  __device__ __forceinline__ void run() const {
+  // Multiply by the units [first, last) and leave this warp's part of the sums in its memory.
+  __device__ __forceinline__ void run_warp(int first, int last) const {
     let_next_kernel_start();
-    const uint64_t policy = evict_first();
-    const int first_block = blockIdx.x >> p.splits_log, stride = gridDim.x >> p.splits_log;
-    Source next = source(first < last ? first_block : p.blocks);
-    const uint32_t begin = shared_address(ring);
+    Source from = source(first);
+    const uint32_t begin = shared_address(ring), end = begin + STAGES * bytes;
+#pragma unroll 1
     for (int i = 0; i < STAGES; ++i) {
-      if (next.block < p.blocks) {
-        copy_weight(next, begin + i * bytes, policy);
+      if (first + i < last) {
+        copy_weight(from, first + i, begin + i * bytes);
       }
       end_group();
-    }
-    float bias = read_bias(first_block);
-    char* const x = ring + STAGES * bytes;
-    if (p.perm) {
-      fetch_perm();
     }
     wait_for_previous_kernel();
-    if (p.perm) {
-      sort_x(x, reinterpret_cast<uint4*>(ring + (warps - warp) * p.warp_bytes));
-      wait_for_groups<0>();
-    } else if (p.streams_x) {
-      for (int i = 0, unit = first; i < STAGES; ++i) {
-        if (first < last) {
-          copy_x(unit, begin + i * bytes);
-        }
-        end_group();
-        unit = unit + 1 == last ? first : unit + 1;
-      }
-    } else {
-      copy_x(shared_address(x));
-      end_group();
-      wait_for_groups<0>();
-    }
-    int slot = 0;
-    float* part = sums;
-    for (int block = first_block; block < p.blocks; block += stride) {
-      float total[RW][NT][4] = {};
 #pragma unroll 1
-      for (int unit = first; unit < last; ++unit) {
-        // Groups end in the order of units, at first those of weights before those of x: what may
-        // be under way belongs to the next STAGES - 1 units.
-        wait_for_groups<STAGES - 1>();
-        __syncwarp();
-        const char* stage = ring + slot * bytes;
-        multiply(total, stage, p.streams_x ? stage + kWeightBytes : x + (unit - first) * kXBytes);
-        __syncwarp();
-        if (next.block < p.blocks) {
-          if (p.streams_x) {
-            copy_x(next.unit, begin + slot * bytes);
-          }
-          copy_weight(next, begin + slot * bytes, policy);
-        }
-        end_group();
-        slot = slot + 1 == STAGES ? 0 : slot + 1;
+    for (int i = 0; i < STAGES; ++i) {
+      if (first + i < last) {
+        copy_x(from, begin + i * bytes);
       }
-      put_sums(total, part);
-      if (p.splits_log == 0) {
-        __syncthreads();
-      } else {
-        wait_for_cluster();
-      }
-      write(block, part, bias);
-      bias = read_bias(block + stride);
-      part = part == sums ? sums + warps * p.m * kSumPitch : sums;
+      end_group();
     }
-    if (p.splits_log != 0) {
-      wait_for_cluster();  // others may still read this block's sums
+    float total[RW][NT][4] = {};
+    uint32_t slot = begin;
+    const char* stage = ring;
+#pragma unroll 1
+    for (int unit = first; unit < last; ++unit) {
+      // Groups end in the order of units, those of weights before those of x: what is under way
+      // after this belongs to the next STAGES - 1 units.
+      wait_for_groups<STAGES - 1>();
+      __syncwarp();
+      multiply(total, stage);
+      __syncwarp();
+      if (unit + STAGES < last) {
+        copy_weight(from, unit + STAGES, slot);
+        copy_x(from, slot);
+      }
+      end_group();
+      slot += bytes;
+      stage += bytes;
+      if (slot == end) {
+        slot = begin;
+        stage = ring;
+      }
+    }
+    wait_for_groups<0>();
+    __syncwarp();
+    put(total);
+  }
+
+  // Leave this warp's part of the sums in its memory.
+  __device__ __forceinline__ void put(const float (&total)[RW][NT][4]) const {
+    float4* mine = reinterpret_cast<float4*>(ring);
+#pragma unroll
+    for (int r = 0; r < RW; ++r) {
+#pragma unroll
+      for (int t = 0; t < NT; ++t) {
+        const float* v = total[r][t];
+        const float upper = 1.0f / Raw<BITS, T>::unit(0), lower = 1.0f / Raw<BITS, T>::unit(1);
+        mine[(r * NT + t) * 32 + lane] =
+            make_float4(v[0] * upper, v[1] * upper, v[2] * lower, v[3] * lower);
+      }
     }
   }
 
-  __device__ __forceinline__ void put_sums(const float (&total)[RW][NT][4], float* part) const {
-#pragma unroll
-    for (int t = 0; t < NT; ++t) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int m = t * 8 + lane % 4 * 2 + i;
-        float* row = part + (warp * p.m + m) * kSumPitch + lane / 4;
-        if (m < p.m) {
-#pragma unroll
-          for (int r = 0; r < RW; ++r) {
-            row[16 * r] = total[r][t][i] * (1.0f / Raw<BITS, T>::unit(0));
-            row[16 * r + 8] = total[r][t][2 + i] * (1.0f / Raw<BITS, T>::unit(1));
-          }
-        }
+  // Add up the warps' parts and write the block's outputs.
+  __device__ __forceinline__ void write(const char* memory, int warps) const {
+    for (int e = threadIdx.x; e < 16 * RW * p.m; e += blockDim.x) {
+      const int r = e % (16 * RW), m = e / (16 * RW), row = r % 16;
+      const int fragment = r / 16 * NT + m / 8, from = row % 8 * 4 + m % 8 / 2;
+      const int at = (fragment * 32 + from) * 4 + row / 8 * 2 + m % 2;
+      float value = 0;
+      for (int w = 0; w < warps; ++w) {
+        value += reinterpret_cast<const float*>(memory + w * p.warp_bytes)[at];
       }
-    }
-  }
-
-  // A thread writes one output of every row of x that it comes to, so it needs one bias.
-  __device__ __forceinline__ float read_bias(int block) const {
-    const int n = block * kOutputs + threadIdx.x % kOutputs;
-    return p.bias && n < p.n ? static_cast<float>(static_cast<const T*>(p.bias)[n]) : 0;
-  }
-
-  __device__ __forceinline__ void write(int block, const float* part, float bias) const {
-    const int r = threadIdx.x % kOutputs, n = block * kOutputs + r;
-    const int rows = blockDim.x / kOutputs;  // at once
-    for (int m = rank * rows + threadIdx.x / kOutputs; m < p.m; m += rows << p.splits_log) {
-      float value = bias;
-      const float* of_warp = part + m * kSumPitch + r;
-      for (int w = 0; w < warps; ++w, of_warp += p.m * kSumPitch) {
-        if (p.splits_log == 0) {
-          value += *of_warp;
-        } else {
-          for (int other = 0; other < 1 << p.splits_log; ++other) {
-            value += read_of_cluster(of_warp, other);
-          }
-        }
-      }
+      const int n = first_row + r;
       if (n < p.n) {
+        if (p.bias) {
+          value += static_cast<float>(static_cast<const T*>(p.bias)[n]);
+        }
         static_cast<T*>(p.y)[static_cast<int64_t>(m) * p.n + n] = narrow<T>(value);
       }
     }
@@ -598,7 +501,11 @@ struct SmallKernel {
 template <int BITS, typename T, int NT, int RW, int STAGES, Unit UNIT>
 __global__ void __launch_bounds__(512) q_small(const __grid_constant__ Small task) {
   extern __shared__ __align__(16) char memory[];
-  SmallKernel<BITS, T, NT, RW, STAGES, UNIT>(task, memory).run();
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32, log = __ffs(warps) - 1;
+  const SmallKernel<BITS, T, NT, RW, STAGES, UNIT> kernel(task, memory, warp);
+  kernel.run_warp(task.units * warp >> log, task.units * (warp + 1) >> log);
+  __syncthreads();
+  kernel.write(memory, warps);
 }
 
 inline Small describe(const Product& product) {
@@ -607,7 +514,6 @@ inline Small describe(const Product& product) {
   task.tiles = weight.tiles;
   task.scales = weight.scales;
   task.zeros = weight.zeros;
-  task.perm = weight.perm;
   task.x = product.x;
   task.bias = product.bias;
   task.y = product.y;
@@ -624,58 +530,44 @@ inline Small describe(const Product& product) {
   return task;
 }
 
+inline void set_groups(Small& task, int64_t runs_of_group) {
+  task.runs_of_group = static_cast<int32_t>(runs_of_group);
+  task.group_of_run = static_cast<uint32_t>(((int64_t{1} << 32) + 2 * runs_of_group - 1) /
+                                            (2 * runs_of_group));
+}
+
 template <int BITS, typename T, int NT, int RW, int STAGES, Unit UNIT>
-const char* start_small(const Product& product, SmallConfig config, cudaStream_t stream) {
+const char* start_small(const Product& product, int warps, cudaStream_t stream) {
   using Kernel = SmallKernel<BITS, T, NT, RW, STAGES, UNIT>;
   Small task = describe(product);
   task.units = task.k_tiles / Kernel::kTiles;
-  task.blocks = task.scale_stride / Kernel::kOutputs;
-  const int64_t runs = product.weight.group_size / (UNIT == kPair ? 128 : task.run);
-  task.runs_of_group = static_cast<int32_t>(runs);
-  task.group_of_run = static_cast<uint32_t>(((int64_t{1} << 32) + 2 * runs - 1) / (2 * runs));
+  set_groups(task, product.weight.group_size / (UNIT == kPair ? 128 : task.run));
+  const int stage = Kernel::stage_bytes(task.m, task.scale_bytes, task.zeros != nullptr);
+  const int partial = RW * NT * 512;
+  task.warp_bytes = STAGES * stage > partial ? STAGES * stage : partial;
   const Device& device = current_device();
-  const int splits = device.sm >= 90 ? config.splits : 1;  // clusters came with sm_90
-  int warps = config.warps, shared = 0;
-  for (;; warps /= 2) {
-    const int most_units = (task.units + warps * splits - 1) / (warps * splits);
-    const auto bytes_of_stage = [&](int rows) {
-      return Kernel::stage_bytes(task.scale_bytes, task.zeros != nullptr, rows);
-    };
-    const int64_t resident = static_cast<int64_t>(task.m) * Kernel::x_pitch(most_units);
-    const int64_t sums = Kernel::sums_bytes(warps, task.m);
-    const int64_t unsorted = task.perm ? int64_t{2} * task.m * task.k : 0;
-    const int64_t all = sums + warps * (STAGES * bytes_of_stage(0) + resident) + unsorted;
-    task.streams_x = !task.perm && (all > device.shared_bytes || all > config.most_shared);
-    task.x_pitch = Kernel::x_pitch(task.streams_x ? 1 : most_units);
-    task.warp_bytes = STAGES * bytes_of_stage(task.streams_x ? task.m : 0) +
-                      (task.streams_x ? 0 : static_cast<int>(resident));
-    shared = static_cast<int>(sums + unsorted) + warps * task.warp_bytes;
-    if (warps == 1 || shared <= device.shared_bytes) {
-      break;
-    }
+  while (warps > 1 && warps * task.warp_bytes > device.shared_bytes) {
+    warps /= 2;
   }
-  while (1 << task.warps_log < warps) {
-    ++task.warps_log;
-  }
-  while (1 << task.splits_log < splits) {
-    ++task.splits_log;
-  }
-  const int at_once = config.blocks_per_processor * device.processors / splits;
-  const int blocks = std::min(task.blocks, at_once) * splits;
-  return launch(q_small<BITS, T, NT, RW, STAGES, UNIT>, task, blocks, 32 * warps, shared, stream,
-                splits);
+  const auto kernel = q_small<BITS, T, NT, RW, STAGES, UNIT>;
+  return launch(kernel, task, task.scale_stride / (16 * RW), 32 * warps, warps * task.warp_bytes,
+                stream);
 }
 
 template <int BITS, typename T, Unit UNIT>
 const char* start_small(const Product& product, SmallConfig config, cudaStream_t stream) {
+  const int warps = config.warps;
   if (product.m > 8) {
-    // A lane copies one piece of the scales: too few for 64 outputs with 4 grids in fp32.
-    return config.row_tiles == 4 && UNIT != kSteps
-               ? start_small<BITS, T, 2, 4, 2, UNIT>(product, config, stream)
-               : start_small<BITS, T, 2, 2, 2, UNIT>(product, config, stream);
+    return start_small<BITS, T, 2, 2, 3, UNIT>(product, warps, stream);
   }
-  return config.row_tiles == 1 ? start_small<BITS, T, 1, 1, 4, UNIT>(product, config, stream)
-                               : start_small<BITS, T, 1, 2, 4, UNIT>(product, config, stream);
+  // A lane copies one piece of the scales: too few for 64 outputs with 4 grids in fp32.
+  if constexpr (UNIT != kSteps) {
+    if (config.row_tiles == 4) {
+      return start_small<BITS, T, 1, 4, BITS < 4 ? 3 : 2, UNIT>(product, warps, stream);
+    }
+  }
+  return config.row_tiles == 1 ? start_small<BITS, T, 1, 1, 4, UNIT>(product, warps, stream)
+                               : start_small<BITS, T, 1, 2, 4, UNIT>(product, warps, stream);
 }
 
 template <int BITS, typename T>
@@ -687,12 +579,6 @@ const char* start_small(const Product& product, SmallConfig config, cudaStream_t
   const bool paired = weight.group_size % 128 == 0 && (weight.k + kSide - 1) / kSide % 2 == 0;
   return paired ? start_small<BITS, T, kPair>(product, config, stream)
                 : start_small<BITS, T, kTile>(product, config, stream);
-}
-
-template <int BITS>
-const char* start_small(const Product& product, SmallConfig config, cudaStream_t stream) {
-  return product.type == kFloat16 ? start_small<BITS, __half>(product, config, stream)
-                                  : start_small<BITS, __nv_bfloat16>(product, config, stream);
 }
 
 }  // namespace auto_gptq

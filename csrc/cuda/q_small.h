@@ -11,9 +11,6 @@ namespace auto_gptq {
 struct SmallConfig {
   int32_t row_tiles;  // 16 outputs each, of a block: 1, 2 or 4
   int32_t warps;      // of a block, a power of 2
-  int32_t splits;     // blocks that share out the inputs: 1, or a cluster of 2 or 4
-  int32_t blocks_per_processor;
-  int32_t most_shared;  // bytes of a block, beyond which x is not kept in shared memory
 };
 
 const char* start_small_2(const Product& product, SmallConfig config, cudaStream_t stream);

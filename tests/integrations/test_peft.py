@@ -10,12 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from auto_gptq import BaseQuantizeConfig
 from auto_gptq.errors import ConfigError, DerivedWeightError
 from auto_gptq.integrations import peft as ours
 from auto_gptq.modeling import BaseGPTQForCausalLM
 from auto_gptq.nn_modules.qlinear import QuantLinear
+from tests.integrations.checkpoints import make
+from tests.integrations.test_experts import TYPES, V5, pack, tiny_moe, write
 from tests.tiny import tiny_examples, tiny_model
 
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install auto-gptq[peft]")
@@ -45,8 +49,19 @@ ADAPTERS: dict[str, Callable[[], Any]] = {
     "AdaLoRA": lambda: peft.AdaLoraConfig(init_r=4, target_r=2, total_step=99, tinit=9, **COMMON),
     "IA3": lambda: peft.IA3Config(**COMMON | IA3),
     "LoHa": lambda: peft.LoHaConfig(r=4, **COMMON),
+    "LoKr": lambda: peft.LoKrConfig(r=4, **COMMON),
+    "VeRA": lambda: peft.VeraConfig(r=4, **COMMON),
     "OFT": lambda: peft.OFTConfig(r=0, oft_block_size=8, **COMMON),
 }
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("peft") / "packed", "llama", {})
+
+
+def _load(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def _train(model: Any, steps: int = 5) -> list[float]:
@@ -65,13 +80,13 @@ def _train(model: Any, steps: int = 5) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("make", ADAPTERS.values(), ids=ADAPTERS)
+@pytest.mark.parametrize("make_config", ADAPTERS.values(), ids=ADAPTERS)
 def test_an_adapter_learns_and_comes_back_the_same(
-    make: Callable[[], Any], wrapper: BaseGPTQForCausalLM, tmp_path: Path
+    make_config: Callable[[], Any], wrapper: BaseGPTQForCausalLM, tmp_path: Path
 ) -> None:
     fresh = copy.deepcopy(wrapper)
     packed = [m.qweight.clone() for m in wrapper.modules() if isinstance(m, QuantLinear)]
-    model = ours.get_gptq_peft_model(wrapper, make(), train_mode=True)
+    model = ours.get_gptq_peft_model(wrapper, make_config(), train_mode=True)
     losses = _train(model)
     assert losses[-1] < losses[0]
     assert all(
@@ -88,13 +103,91 @@ def test_an_adapter_learns_and_comes_back_the_same(
         assert not torch.equal(back(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("make", ADAPTERS.values(), ids=ADAPTERS)
+@pytest.mark.parametrize("make_config", ADAPTERS.values(), ids=ADAPTERS)
+def test_plain_peft_trains_a_model_that_plain_transformers_loaded(
+    make_config: Callable[[], Any], checkpoint: Path, tmp_path: Path
+) -> None:
+    model = peft.prepare_model_for_kbit_training(
+        _load(checkpoint), use_gradient_checkpointing=False
+    )
+    model = peft.get_peft_model(model, make_config())
+    for name, parameter in model.named_parameters():
+        if ".ranknum." in name:  # PEFT 0.21 trains AdaLoRA's ranks and does not save them
+            parameter.requires_grad_(False)
+    losses = _train(model)
+    assert losses[-1] < losses[0]
+    model.eval().save_pretrained(tmp_path)
+    back = peft.PeftModel.from_pretrained(_load(checkpoint), tmp_path).eval()
+    ids = torch.arange(2, 20)[None]
+    assert torch.equal(back(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert "base_layer" not in "".join(load_file(tmp_path / "adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("by", ["us", "PEFT"])
+def test_experts_are_adapted_and_come_back(model_type: str, by: str, tmp_path: Path) -> None:
+    """PEFT once rewrote these targets for fused tensors, and trained q_proj alone."""
+    dense = tiny_moe(model_type)
+    pack(dense)
+    write(dense, tmp_path / "packed", TYPES[model_type] if V5 else None)
+    down = "w2" if model_type == "mixtral" else "down_proj"
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", down], task_type="CAUSAL_LM")
+    base = _load(tmp_path / "packed")
+    if by == "us":
+        model = ours.get_gptq_peft_model(base, config, auto_find_all_linears=False, train_mode=True)
+    else:
+        with ours.adapting_experts():
+            model = peft.get_peft_model(base, config)
+    adapted = [n for n, _ in model.named_modules() if n.endswith("lora_A.default")]
+    experts = sum(isinstance(m, QuantLinear) for n, m in model.named_modules() if f".{down}" in n)
+    assert len(adapted) == 2 + experts
+    assert experts >= 8
+    losses = _train(model)
+    assert losses[-1] < losses[0]
+    model.eval().save_pretrained(tmp_path / "adapter")
+    fresh = _load(tmp_path / "packed")
+    if by == "us":
+        back = ours.get_gptq_peft_model(fresh, model_id=str(tmp_path / "adapter"))
+    else:
+        with ours.adapting_experts():
+            back = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter")
+    ids = torch.arange(2, 20)[None]
+    assert torch.equal(back.eval()(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_peft_is_left_as_it_was(wrapper: BaseGPTQForCausalLM) -> None:
+    module = pytest.importorskip("peft.utils.transformers_weight_conversion")
+    before = dict(vars(module))
+    with pytest.raises(RuntimeError), ours.adapting_experts():
+        assert vars(module) != before
+        raise RuntimeError
+    assert vars(module) == before
+
+
+def test_training_keeps_no_dense_copy_of_a_weight(wrapper: BaseGPTQForCausalLM) -> None:
+    """The gradient dequantizes anew; only packed tensors and activations wait for it."""
+    model = ours.get_gptq_peft_model(wrapper, ADAPTERS["LoRA"](), train_mode=True)
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(input_ids=torch.arange(2, 10)[None]).logits.sum()
+    shapes = {tuple(t.shape) for t in kept if t.is_floating_point()}
+    dense = {(m.out_features, m.in_features) for m in model.modules() if isinstance(m, QuantLinear)}
+    assert kept
+    assert not shapes & (dense | {(columns, rows) for rows, columns in dense})
+
+
+@pytest.mark.parametrize("make_config", ADAPTERS.values(), ids=ADAPTERS)
 @pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
 def test_merging_into_packed_weights_raises(
-    make: Callable[[], Any], merge: str, wrapper: BaseGPTQForCausalLM
+    make_config: Callable[[], Any], merge: str, wrapper: BaseGPTQForCausalLM
 ) -> None:
     """For IA3, LoHa and OFT it once seemed to succeed and changed nothing."""
-    model = ours.get_gptq_peft_model(wrapper, make(), train_mode=True)
+    model = ours.get_gptq_peft_model(wrapper, make_config(), train_mode=True)
     with pytest.raises(DerivedWeightError, match="load the full-precision model") as caught:
         getattr(model, merge)()
     assert isinstance(caught.value, NotImplementedError)  # what AutoGPTQ raised

@@ -162,7 +162,8 @@ class PackedWeight(nn.Module):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         if self.is_prepared:
-            destination |= {f"{prefix}{name}": getattr(self, name) for name in PACKED}
+            names = (name for name in PACKED if name not in self._non_persistent_buffers_set)
+            destination |= {f"{prefix}{name}": getattr(self, name) for name in names}
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

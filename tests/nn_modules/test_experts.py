@@ -1,0 +1,83 @@
+"""Fused experts, parted: same outputs, names of checkpoints, enough tokens for everyone."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from auto_gptq.nn_modules.experts import expert_groups, find_fused, unfuse
+from auto_gptq.nn_modules.surgery import find_linears
+from auto_gptq.nn_modules.unfused import calibrating, find_unfused, routed_tokens
+from tests.zoo import tiny_of
+
+# One model type for each way of keeping experts, with the names of an expert's linears.
+KINDS = {
+    "mixtral": ["w1", "w3", "w2"],
+    "qwen3_moe": ["gate_proj", "up_proj", "down_proj"],
+    "aria_text": ["gate_proj", "up_proj", "down_proj"],  # transposed
+    "gpt_oss": ["gate_proj", "up_proj", "down_proj"],  # transposed, interleaved, with biases
+    "llama4_text": ["gate_proj", "up_proj", "down_proj"],  # batched
+    "jetmoe": [],  # a list of linears
+}
+
+
+def _logits(model: nn.Module) -> torch.Tensor:
+    ids = torch.arange(3, 51).view(2, 24)
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("model_type", "names"), KINDS.items(), ids=KINDS)
+def test_parted_experts_compute_what_fused_ones_did(model_type: str, names: list[str]) -> None:
+    model = tiny_of(model_type)
+    fused = find_fused(model)
+    before = _logits(model)
+    assert unfuse(model) == list(fused)
+    assert not find_fused(model)
+    assert torch.allclose(_logits(model), before, rtol=1e-5, atol=1e-5)
+    # What an expert reads in addition while calibrating changes nothing.
+    for share in (0.0, 0.5, 1e9):
+        with calibrating(model, share, batches=1):
+            assert torch.allclose(_logits(model), before, rtol=1e-5, atol=1e-5)
+            for module in find_unfused(model).values():
+                assert sum(routed_tokens(module) or []) > 0
+    for linears in expert_groups(model).values():
+        assert [name.rsplit(".", 1)[1] for name in linears[: len(names)]] == names
+        assert set(linears) <= set(find_linears(model))
+
+
+def test_experts_are_parted_on_the_meta_device_and_survive_a_copy() -> None:
+    model = tiny_of("mixtral")
+    before = _logits(model)
+    unfuse(model)
+    assert torch.allclose(_logits(copy.deepcopy(model)), before, rtol=1e-5, atol=1e-5)
+    with torch.device("meta"):
+        skeleton = tiny_of("mixtral")
+    unfuse(skeleton)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    assert {name: p.shape for name, p in skeleton.named_parameters()} == shapes
+    assert all(p.is_meta for p in skeleton.parameters())
+
+
+def test_every_expert_reads_its_least_number_of_tokens() -> None:
+    model = tiny_of("qwen3_moe")
+    unfuse(model)
+    module = next(iter(find_unfused(model).values()))
+    with torch.no_grad():  # all tokens to experts 0 and 1
+        router = next(m for m in model.modules() if type(m).__name__.endswith("Router"))
+        router.weight.zero_()
+    seen: dict[int, int] = {}
+    for i, expert in enumerate(module.experts()):  # type: ignore[operator]
+        expert.down_proj.register_forward_hook(
+            lambda _m, args, _out, i=i: seen.__setitem__(i, len(args[0]))
+        )
+    with calibrating(model, 0.5, batches=1):
+        _logits(model)
+        routed = routed_tokens(module)
+    assert routed is not None
+    assert sorted(routed) == [0, 0, 48, 48]
+    # Even routing would give each 48 * 2 / 4 = 24 tokens; half of that is 12.
+    assert sorted(seen.values()) == [12, 12, 48, 48]
