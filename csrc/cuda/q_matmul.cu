@@ -25,6 +25,28 @@ constexpr Row kTable[] = {
     {80, 999, 64, 0, auto_gptq_cuda_q_mma, auto_gptq_cuda_q_mma_bytes},
 };
 
+// A workspace may depend on the device, which the launchers ask for as the current one.
+class OnDevice {
+ public:
+  explicit OnDevice(int32_t device) {
+    cudaGetDevice(&before_);
+    if (before_ != device) {
+      cudaSetDevice(device);
+    }
+    device_ = device;
+  }
+  ~OnDevice() {
+    if (before_ != device_) {
+      cudaSetDevice(before_);
+    }
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0, device_ = 0;
+};
+
 }  // namespace
 
 auto_gptq::Plan auto_gptq_cuda_plan(const Product* product, int32_t device) {
@@ -32,6 +54,7 @@ auto_gptq::Plan auto_gptq_cuda_plan(const Product* product, int32_t device) {
   if (product->weight.k > kMostK || (product->type == auto_gptq::kBFloat16 && sm < 80)) {
     return {};
   }
+  const OnDevice guard(device);
   for (const Row& row : kTable) {
     if (sm >= row.least_sm && sm <= row.most_sm && product->m <= row.most_m &&
         product->weight.k * product->weight.n >= row.least_weights) {
