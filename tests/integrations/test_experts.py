@@ -18,6 +18,7 @@ from auto_gptq.nn_modules.experts import unfuse
 from auto_gptq.nn_modules.qlinear import QuantLinear
 from auto_gptq.nn_modules.surgery import dequantize, empty_quant_linear, find_linears, replace
 from tests.integrations.checkpoints import IDS, tensors_of
+from tests.tiny import assert_same_logits
 from tests.tiny_tokenizer import tiny_tokenizer
 from tests.zoo import tiny_config
 
@@ -95,7 +96,7 @@ def test_every_logit_is_that_of_the_dequantized_model(model_type: str, tmp_path:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
     count = sum(name.endswith("qweight") for name in written)
     assert sum(isinstance(module, QuantLinear) for module in loaded.modules()) == count
-    assert torch.allclose(loaded(IDS).logits, wanted, atol=1e-5)
+    assert_same_logits(loaded(IDS).logits, wanted)
 
     loaded.save_pretrained(tmp_path / "saved")
     again = tensors_of(tmp_path / "saved")
@@ -129,7 +130,7 @@ def test_experts_that_stayed_dense_are_loaded_as_well(
     write(model, tmp_path / "packed", TYPES[model_type] if V5 else None)
     dequantize(model, torch.float32)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
-    assert torch.allclose(loaded(IDS).logits, model(IDS).logits, atol=1e-5)
+    assert_same_logits(loaded(IDS).logits, model(IDS).logits)
 
 
 @pytest.mark.skipif(not V5, reason="transformers 4 has no fused experts, which are what is new")

@@ -19,12 +19,10 @@ from auto_gptq.modeling import BaseGPTQForCausalLM
 from auto_gptq.nn_modules.qlinear import QuantLinear
 from auto_gptq.nn_modules.surgery import dequantize
 from auto_gptq.pipeline.discover import discover
-from tests.tiny import tiny_examples, tiny_model
+from tests.tiny import MOST, tiny_examples, tiny_model
 from tests.zoo import round_trip, tiny_of
 
 WEIGHTS = "gptq_model-4bit-32g.safetensors"
-# Of the largest logit: CPU kernels round activations to 15 bits, by 3e-5 of the largest each.
-MOST = 5e-4
 # One for each way in which models differ; scripts/supported_models.py tries all.
 FAST = {
     "mixtral": 24,  # experts stored under other names than transformers 5 has

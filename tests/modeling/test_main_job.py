@@ -17,7 +17,7 @@ from auto_gptq.errors import QuantizedStateError
 from auto_gptq.modeling import BaseGPTQForCausalLM
 from auto_gptq.nn_modules.qlinear import QuantLinear
 from auto_gptq.nn_modules.surgery import dequantize
-from tests.tiny import TINY, tiny_examples, tiny_model
+from tests.tiny import TINY, assert_same_logits, tiny_examples, tiny_model
 
 
 def _quantized(model_type: str = "llama", **settings: Any) -> BaseGPTQForCausalLM:
@@ -43,7 +43,7 @@ def test_a_loaded_model_computes_what_its_dequantized_twin_does(
     dequantize(twin, torch.float32)
     ids = tiny_examples(2)[0]["input_ids"][None]
     found, wanted = loaded(input_ids=ids).logits, twin(input_ids=ids).logits
-    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
+    assert_same_logits(found, wanted)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -17,7 +17,7 @@ from auto_gptq.errors import ConfigError, ModuleShapeError, UnsupportedModelErro
 from auto_gptq.modeling import BaseGPTQForCausalLM
 from auto_gptq.nn_modules.qlinear import QuantLinear
 from auto_gptq.nn_modules.surgery import dequantize
-from tests.tiny import tiny_examples, tiny_model
+from tests.tiny import assert_same_logits, tiny_examples, tiny_model
 
 DYNAMIC: dict[str, dict[str, Any]] = {
     r"-:model\.layers\.0\.mlp\.down_proj": {},
@@ -41,8 +41,7 @@ def _reloaded_beside_its_twin(folder: Path) -> BaseGPTQForCausalLM:
     dequantize(twin, torch.float32)
     ids = tiny_examples(1)[0]["input_ids"][None]
     found, wanted = loaded(input_ids=ids).logits, twin(input_ids=ids).logits
-    # The order of fp32 sums differs, by some 1e-7 of the sum each over a few dozen products.
-    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
+    assert_same_logits(found, wanted)
     return loaded
 
 
@@ -166,7 +165,7 @@ def test_the_output_head_is_quantized_on_what_enters_it(
     ids = torch.tensor([[5, 6, 7]])
     wrapper.model.float()
     found = loaded(input_ids=ids).logits
-    assert torch.allclose(found, wrapper(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+    assert_same_logits(found, wrapper(input_ids=ids).logits)
 
 
 def test_a_head_said_to_be_tied_by_the_config_is_untied_when_packed(tmp_path: Path) -> None:
