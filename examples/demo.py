@@ -50,7 +50,7 @@ def main() -> None:
     before, text_before = perplexity(original, held_out), complete(original, tokenizer, PROMPT)
     del original
 
-    config = BaseQuantizeConfig(bits=4, group_size=128, desc_act=True, static_groups=True)
+    config = BaseQuantizeConfig.preset("default", bits=4, group_size=128)
     model = AutoGPTQForCausalLM.from_pretrained(full, config)
     started = time.perf_counter()
     model.quantize(as_examples(rows[:calibration]), show_progress=True)
