@@ -50,9 +50,12 @@ def _text(value: Any) -> str:
 
 
 def _commit() -> str:
+    """Give COMMIT, where code was carried to another machine, else what is checked out."""
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
     try:
         command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
         run = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("COMMIT", "unknown")
+        return "unknown"
     return run.stdout.strip()
