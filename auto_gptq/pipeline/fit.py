@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..architectures import Architecture
+from ..errors import ModuleShapeError
 from ..formats.packing import CODES_PER_STREAM
 from ..nn_modules.surgery import features
 from ..quantization.config import BaseQuantizeConfig
@@ -19,7 +20,6 @@ from .plan import block_linears
 
 logger = logging.getLogger(__name__)
 
-_GROUP_SIZES = (128, 64, 32)  # those that servers know, besides -1
 _MOST_SHOWN = 8
 # What differs from the settings; None: the linear stays dense.
 Choice = dict[str, Any] | None
@@ -31,12 +31,16 @@ def fit_settings(
     """Give settings whose ``dynamic`` says what becomes of linears of an odd shape.
 
     A linear that a pattern of the user's rules is left to it. Everything chosen is logged.
+
+    :raises ModuleShapeError: (a ValueError) if every linear has fewer inputs than a group
     """
     blocks = model.get_submodule(architecture.blocks)
     names: list[str] = []
     choices: dict[str, Choice] = {}
+    inputs: dict[str, int] = {}
     for block_name, linears in block_linears(blocks.children(), architecture):
         wanted = [name for step in architecture.steps_of(linears) for name in step]
+        inputs |= {f"{block_name}.{name}": features(linears[name])[0] for name in wanted}
         chosen: dict[str, Choice] = {}
         for name in wanted:
             if find_pattern(config.dynamic or {}, f"{block_name}.{name}") is None:
@@ -50,6 +54,8 @@ def fit_settings(
         chosen |= {n: None for n in wanted if n not in skipped and _list_of(n) in dense - {""}}
         choices |= {f"{block_name}.{name}": choice for name, choice in chosen.items()}
         names += [f"{block_name}.{name}" for name in wanted]
+    _refuse_misfit(inputs, config)
+    _tell_of_short_groups({n: k for n, k in inputs.items() if n not in choices}, config)
     if not choices:
         return config
     _tell(choices, config)
@@ -58,17 +64,14 @@ def fit_settings(
 
 
 def suit(in_features: int, out_features: int, group_size: int) -> Choice:
-    """Give what has to differ for a shape: nothing, a group size, or None to stay dense.
+    """Give what has to differ for a shape: nothing, one group, or None to stay dense.
 
-    Words hold 32 inputs or outputs. A group size must divide the inputs, because servers count
-    ``inputs // group_size`` groups.
+    Words hold 32 inputs or outputs. Where the group size does not divide the inputs the last group
+    is short, as AutoGPTQ made it.
     """
     if in_features % CODES_PER_STREAM or out_features % CODES_PER_STREAM:
         return None
-    if group_size == -1 or in_features % group_size == 0:
-        return {}
-    dividing = [size for size in _GROUP_SIZES if size < group_size and in_features % size == 0]
-    return {"group_size": dividing[0] if dividing else -1}
+    return {} if group_size <= in_features else {"group_size": -1}
 
 
 def _list_of(name: str) -> str:
@@ -104,13 +107,37 @@ def _tell(choices: Mapping[str, Choice], config: BaseQuantizeConfig) -> None:
             CODES_PER_STREAM,
             _some(dense),
         )
-    grouped = [f"{name} {choice['group_size']}" for name, choice in choices.items() if choice]
-    if grouped:
+    whole = [name for name, choice in choices.items() if choice]
+    if whole:
         logger.warning(
-            "group_size=%d does not divide the inputs of %d linears, which get another: %s",
+            "group_size=%d is more than the inputs of %d linears, which get one group: %s",
             config.group_size,
-            len(grouped),
-            _some(grouped),
+            len(whole),
+            _some(whole),
+        )
+
+
+def _refuse_misfit(inputs: Mapping[str, int], config: BaseQuantizeConfig) -> None:
+    """Refuse a group size that was meant for another model."""
+    if inputs and max(inputs.values()) < config.group_size:
+        name, most = max(inputs.items(), key=lambda item: item[1])
+        raise ModuleShapeError(
+            f"group_size={config.group_size} fits no linear: the one with the most inputs, {name}, "
+            f"has {most}. Choose a group_size of at most {most}, or -1 for one group per output."
+        )
+
+
+def _tell_of_short_groups(inputs: Mapping[str, int], config: BaseQuantizeConfig) -> None:
+    size = config.group_size
+    short = [name for name, count in inputs.items() if size != -1 and count % size]
+    if short:
+        logger.warning(
+            "group_size=%d does not divide the inputs of %d linears, whose last group is short. "
+            "AutoGPTQ, GPTQModel and transformers read that; vLLM and SGLang want a size that "
+            "divides them, such as 64 or 32: %s",
+            size,
+            len(short),
+            _some(short),
         )
 
 

@@ -103,6 +103,15 @@ def test_bad_examples_change_nothing() -> None:
     assert not wrapper.quantized
 
 
+def test_a_group_size_that_fits_no_linear_is_refused_before_anything_is_changed() -> None:
+    model = tiny_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    wrapper = BaseGPTQForCausalLM(model, False, BaseQuantizeConfig(group_size=1024))
+    with pytest.raises(ModuleShapeError, match=r"group_size=1024 fits no linear.*at most 96"):
+        wrapper.quantize(tiny_examples())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_nan_weights_and_activations_name_the_module() -> None:
     model = tiny_model()
     model.model.layers[1].mlp.down_proj.weight.data[3, 4] = float("nan")

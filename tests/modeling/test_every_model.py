@@ -159,24 +159,38 @@ def test_a_row_of_the_table_says_what_is_discovered() -> None:
 def test_odd_shapes_get_settings_that_readers_understand(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """96 inputs do not hold groups of 64; 80 outputs do not fill words."""
+    """64 inputs are less than a group of 96; 80 outputs do not fill words."""
     model = tiny_model(intermediate_size=96, head_dim=20)  # q: 80 outputs, k and v: 40
-    settings = BaseQuantizeConfig(bits=4, group_size=64)
+    settings = BaseQuantizeConfig(bits=4, group_size=96)
     wrapper = BaseGPTQForCausalLM(model, False, settings)
     with caplog.at_level(logging.WARNING):
         wrapper.quantize(tiny_examples())
     assert "8 linears stay in full precision" in caplog.text
-    assert "group_size=64 does not divide the inputs of 2 linears" in caplog.text
+    assert "group_size=96 is more than the inputs of 4 linears" in caplog.text
     assert settings.dynamic is None  # the user's own object is left alone
     wrapper.save_quantized(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert written["dynamic"] == {
         rf"-:model\.layers\.\d+\.self_attn\.{name}_proj$": {} for name in ("k", "v", "q", "o")
-    } | {r"+:model\.layers\.\d+\.mlp\.down_proj$": {"group_size": 32}}
+    } | {rf"+:model\.layers\.\d+\.mlp\.{n}_proj$": {"group_size": -1} for n in ("gate", "up")}
     loaded = AutoGPTQForCausalLM.from_quantized(tmp_path, device="cpu").model
-    assert loaded.model.layers[1].mlp.down_proj.group_size == 32
-    assert loaded.model.layers[1].mlp.up_proj.group_size == 64
+    assert loaded.model.layers[1].mlp.down_proj.scales.shape[0] == 1
+    assert loaded.model.layers[1].mlp.up_proj.scales.shape[0] == 1
     assert type(loaded.model.layers[1].self_attn.q_proj) is nn.Linear
+
+
+def test_a_short_last_group_is_kept_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SmolLM2 has 576 inputs; its groups of 128 once became groups of 64, with more scales."""
+    wrapper = BaseGPTQForCausalLM(tiny_model(), False, BaseQuantizeConfig(bits=4, group_size=64))
+    with caplog.at_level(logging.WARNING):
+        wrapper.quantize(tiny_examples())
+    assert "group_size=64 does not divide the inputs of 2 linears" in caplog.text
+    assert wrapper.model.model.layers[0].mlp.down_proj.scales.shape[0] == 2  # of 64 and 32 inputs
+    wrapper.save_quantized(tmp_path)
+    config = json.loads((tmp_path / "quantize_config.json").read_text())
+    assert not config.get("dynamic")
 
 
 def _routed_to(model: Any, experts: list[int]) -> None:
