@@ -90,15 +90,25 @@ def trace(model: nn.Module, blocks: Sequence[nn.Module], tokens: int) -> Capture
     """Do the same with one row of tokens, without looking at values: meta tensors will do."""
     first = next(model.parameters())
     ids = torch.arange(tokens, device=first.device)[None]
-    hidden = Activations(first.device, first.dtype, 0, home="device")
-    result = Captured(hidden, [[] for _ in blocks], [None])
     inputs = model_inputs(model, Batch(ids, torch.ones_like(ids)), first.device)
-    if first.is_meta and "attention_mask" in inputs:
-        # Of another one transformers would look at the values.
-        inputs["attention_mask"] = first.new_zeros(1, 1, tokens, tokens)
-    with _recording(blocks, result), suppress(_Reached):
-        model(**inputs)
-    return result
+    masks = [inputs.pop("attention_mask", None)]
+    if first.is_meta and masks != [None]:
+        # Of one with two dimensions transformers looks at the values; other code wants just that.
+        masks = [first.new_zeros(1, 1, tokens, tokens), *masks, None]
+    failure: Exception | None = None
+    for mask in masks:
+        hidden = Activations(first.device, first.dtype, 0, home="device")
+        result = Captured(hidden, [[] for _ in blocks], [None])
+        masked = inputs if mask is None else inputs | {"attention_mask": mask}
+        try:
+            with _recording(blocks, result), suppress(_Reached):
+                model(**masked)
+        except (RuntimeError, TypeError, ValueError) as error:
+            failure = failure or error
+        else:
+            return result
+    assert failure is not None
+    raise failure
 
 
 def capture_head(

@@ -326,5 +326,7 @@ def kept_tokens(keep: Tensor | None, x: Tensor) -> Tensor | None:
         return None
     if x.shape[:-1] == keep.shape:
         return keep
+    if x.shape[:-1] == keep.T.shape:  # ChatGLM's own code has time first
+        return keep.T
     # Some models flatten batch and time; anything else is a choice of tokens of its own.
     return keep.flatten() if x.shape[:-1] == (keep.numel(),) else None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..nn_modules.qlinear.linear import dense_weight
 from ..quantization.precision import tensor_cores
-from .block import Feed, Solved
+from .block import Feed, Solved, kept_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class _Fp32Run:
 
         :param weights: ``[N, K]``, by the names of the linears
         """
-        hidden, keep = self._feed.hidden[index], self._feed.keep[index]
+        hidden = self._feed.hidden[index]
         call = self._feed.calls[index].to(hidden.device, torch.float32)
         inputs = hidden.to(torch.float32), *call.args
         placed = {f"{name}.weight": self._as_own(name, weight) for name, weight in weights.items()}
@@ -142,6 +142,7 @@ class _Fp32Run:
         found = found[0] if isinstance(found, tuple) else found
         wanted = self._wanted[index].to(torch.float32)
         lost = (found - wanted).square().mean(-1) / wanted.square().mean(-1).clamp(min=1e-12)
+        keep = kept_tokens(self._feed.keep[index], found)
         mean: Tensor = lost.mean() if keep is None else lost[keep].mean()
         return mean
 
