@@ -86,16 +86,30 @@ def can_be_built(config: PretrainedConfig) -> bool:
 
 
 def _classes(config: PretrainedConfig) -> Iterator[Any]:
+    """Give the classes that can build a model, first that which builds the one that was saved.
+
+    Of Llama 4 and others transformers has the text model as well under the same configuration.
+    """
     import transformers
 
     own_code = getattr(config, "auto_map", None) or {}
-    for kind in _auto_classes():
-        if kind.__name__ in own_code or type(config) in kind._model_mapping:
-            yield kind
-    for name in getattr(config, "architectures", None) or ():
+    saved = set(getattr(config, "architectures", None) or ())
+    kinds = [
+        kind
+        for kind in _auto_classes()
+        if kind.__name__ in own_code or type(config) in kind._model_mapping
+    ]
+    yield from sorted(kinds, key=lambda kind: not saved & _class_names(kind, config))
+    for name in saved:
         # The text model of one that also sees has no place in transformers' lists.
         if name.endswith("ForCausalLM") and hasattr(transformers, name):
             yield getattr(transformers, name)
+
+
+def _class_names(kind: Any, config: PretrainedConfig) -> set[str]:
+    """Give the names of the classes that an automatic one may choose for a configuration."""
+    found = kind._model_mapping.get(type(config), ())
+    return {each.__name__ for each in (found if isinstance(found, (list, tuple)) else [found])}
 
 
 def _auto_classes() -> list[Any]:

@@ -26,7 +26,7 @@ class BaichuanAttention(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states, attention_mask=None):
-        rows, tokens, size = hidden_states.shape
+        _rows, _tokens, size = hidden_states.shape
         mixed = self.W_pack(hidden_states).unflatten(-1, (3, HEADS, size // HEADS))
         query, key, value = mixed.permute(2, 0, 3, 1, 4)
         scores = query @ key.transpose(2, 3) / (size // HEADS) ** 0.5 + attention_mask

@@ -1,4 +1,4 @@
-"""`transformer.encoder.layers`, hidden states [tokens, rows, size], grouped keys, positions first."""
+"""`transformer.encoder.layers`, hidden states [tokens, rows, size], grouped keys."""
 
 import torch
 from torch import nn
@@ -71,7 +71,9 @@ class GLMTransformer(nn.Module):
         self.layers = nn.ModuleList([GLMBlock(config) for _ in range(config.num_layers)])
         self.final_layernorm = nn.LayerNorm(config.hidden_size)
 
-    def forward(self, hidden_states, attention_mask, rotary_pos_emb, kv_caches=None, use_cache=True):
+    def forward(
+        self, hidden_states, attention_mask, rotary_pos_emb, kv_caches=None, use_cache=True
+    ):
         kv_caches = kv_caches or [None] * len(self.layers)
         presents = ()
         for index, layer in enumerate(self.layers):

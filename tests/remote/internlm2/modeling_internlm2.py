@@ -19,9 +19,7 @@ class InternLM2Attention(nn.Module):
         # Each of 2 groups holds 2 queries, one key and one value.
         groups = self.wqkv(hidden_states).view(rows, tokens, 2, 4, 16)
         query = groups[..., :2, :].flatten(2, 3).transpose(1, 2)
-        key, value = (
-            groups[..., i, :].repeat_interleave(2, dim=2).transpose(1, 2) for i in (2, 3)
-        )
+        key, value = (groups[..., i, :].repeat_interleave(2, dim=2).transpose(1, 2) for i in (2, 3))
         mixed = nn.functional.scaled_dot_product_attention(query, key, value, attention_mask)
         return self.wo(mixed.transpose(1, 2).flatten(2))
 
@@ -45,7 +43,9 @@ class InternLM2DecoderLayer(nn.Module):
         self.attention_norm = nn.RMSNorm(config.hidden_size)
         self.ffn_norm = nn.RMSNorm(config.hidden_size)
 
-    def forward(self, hidden_states, attention_mask=None, position_ids=None, output_attentions=False):
+    def forward(
+        self, hidden_states, attention_mask=None, position_ids=None, output_attentions=False
+    ):
         hidden_states = hidden_states + self.attention(
             self.attention_norm(hidden_states), attention_mask
         )

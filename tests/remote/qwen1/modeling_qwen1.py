@@ -92,9 +92,12 @@ class Qwen1Model(Qwen1PreTrainedModel):
             mask = attention_mask[:, None, None].to(hidden_states.dtype)
             attention_mask = (1 - mask) * torch.finfo(hidden_states.dtype).min
         presents = ()
-        for block, layer_past in zip(self.h, past_key_values):
+        for block, layer_past in zip(self.h, past_key_values, strict=False):
             outputs = block(
-                hidden_states, layer_past=layer_past, attention_mask=attention_mask, use_cache=use_cache
+                hidden_states,
+                layer_past=layer_past,
+                attention_mask=attention_mask,
+                use_cache=use_cache,
             )
             hidden_states = outputs[0]
             if use_cache:
@@ -113,8 +116,15 @@ class Qwen1LMHeadModel(Qwen1PreTrainedModel, GenerationMixin):
         return self.lm_head
 
     def forward(
-        self, input_ids, past_key_values=None, attention_mask=None, use_cache=False, return_dict=True
+        self,
+        input_ids,
+        past_key_values=None,
+        attention_mask=None,
+        use_cache=False,
+        return_dict=True,
     ):
-        hidden_states, past = self.transformer(input_ids, past_key_values, attention_mask, use_cache)
+        hidden_states, past = self.transformer(
+            input_ids, past_key_values, attention_mask, use_cache
+        )
         logits = self.lm_head(hidden_states)
         return CausalLMOutputWithPast(logits=logits, past_key_values=past)
