@@ -119,6 +119,7 @@ _COMPASS = {
         "full_attention": None,
     },
 }
+_NEMOTRON_H = {"n_groups": 2, "mamba_num_heads": 4, "mamba_head_dim": 32}
 _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 _DOTS3 = (
     _MLA
@@ -146,7 +147,7 @@ _BY_TYPE: dict[str, dict[str, Any]] = {
     "bailing_hybrid": _MLA,
     "kimi_linear": _MLA,
     "deepseek_v2": _MLA | {"n_routed_experts": 4, "num_experts_per_tok": 2},
-    "nemotron_h": {"n_groups": 2, "mamba_num_heads": 4, "mamba_head_dim": 32},
+    "nemotron_h": _NEMOTRON_H,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "cohere_compass_text": _COMPASS,
     "qwen4_exp_text": _QWEN4,
@@ -189,8 +190,6 @@ _BY_TYPE: dict[str, dict[str, Any]] = {
         }
     },
     "gemma3": {"mm_tokens_per_image": 4},
-    # Their softmaxes are hot as well: scores are not divided by anything.
-    **{key: {"text_config": {"initializer_range": 0.005}} for key in ("gemma4", "gemma4_unified")},
     **{key: {"vocabulary_map": {"<image>": VOCABULARY - 1}} for key in ("chameleon", "emu3")},
     **{
         key: {"vision_start_token_id": 250}
@@ -214,9 +213,26 @@ _BY_TYPE: dict[str, dict[str, Any]] = {
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
     "glm5_next": {"text_config": _MLA},
     "granite4_vision": {"deepstack_layer_map": []},
-    "hunyuan_vl": {"text_config": {"head_dim": 16}},
-    "mistral4": _MLA | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
-    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    "deepseek_ocr2": {
+        "text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2}
+    },
+    "hunyuan_vl": {"text_config": {"head_dim": 16, "rope_parameters": _MROPE}},
+    "mistral4": _MLA
+    | {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "llama_4_scaling_beta": 0.1,
+            "original_max_position_embeddings": 128,
+            "partial_rotary_factor": 0.5,
+        }
+    },
+    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+    "nemo_speechlm": {"text_config": _NEMOTRON_H},
+    "nemotron_h_omni": {
+        "text_config": _NEMOTRON_H,
+        "vision_config": {"video_temporal_patch_size": 2},
+    },
     "step3p7": {"text_config": {"sliding_window": 16}},
     "kimi_k25": {"text_config": _MLA},
     "mistral_large4": {"text_config": _MLA},
