@@ -70,7 +70,10 @@ def _named_modules(source: Source) -> Iterator[str]:
         path = source.find(file)
         if path is None:
             continue
-        auto_map = json.loads(path.read_text(encoding="utf-8")).get("auto_map") or {}
+        try:
+            auto_map = json.loads(path.read_text(encoding="utf-8")).get("auto_map") or {}
+        except ValueError:  # whoever reads it will say so
+            continue
         for reference in _flat(auto_map.values() if isinstance(auto_map, dict) else auto_map):
             repository, _, name = reference.rpartition("--")
             if repository in ("", str(source.name)):

@@ -140,7 +140,7 @@ class BaseQuantizeConfig:
     def _check(self) -> None:
         if self.bits not in (2, 3, 4, 8):
             raise ConfigError(f"bits is {self.bits!r}; it must be 2, 3, 4 or 8.")
-        if self.group_size != -1 and not self.group_size > 0:
+        if not isinstance(self.group_size, int) or (self.group_size < 1 and self.group_size != -1):
             raise ConfigError(
                 f"group_size is {self.group_size!r}; it must be -1 (one scale per row) "
                 "or a positive number of columns, usually 128."
