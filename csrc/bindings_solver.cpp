@@ -80,14 +80,15 @@ std::tuple<Tensor, Tensor> fit_grids(const Tensor& weight,
   return {scales, zeros};
 }
 
-void solve_columns(const Tensor& weight,
-                   const Tensor& codes,
-                   const Tensor& errors,
-                   const Tensor& inverse,
-                   const Tensor& scales,
-                   const Tensor& zeros,
-                   const Tensor& group,
-                   int64_t maxq) {
+// Check the arguments that both solvers of columns take.
+auto_gptq::Block check_block(const Tensor& weight,
+                             const Tensor& codes,
+                             const Tensor& errors,
+                             const Tensor& inverse,
+                             const Tensor& scales,
+                             const Tensor& zeros,
+                             const Tensor& group,
+                             int64_t maxq) {
   STD_TORCH_CHECK(weight.dim() == 2, "weight is ", shape_of(weight), ", but must be [B, N].");
   STD_TORCH_CHECK(scales.dim() == 2, "scales is ", shape_of(scales), ", but must be [G, N].");
   const int64_t columns = weight.size(0), n = weight.size(1);
@@ -109,18 +110,30 @@ void solve_columns(const Tensor& weight,
     STD_TORCH_CHECK(of_column[i] >= 0 && of_column[i] < scales.size(0), "group[", i, "] is ",
                     of_column[i], ", but must be in [0, ", scales.size(0), ").");
   }
-  const auto_gptq::Block block{static_cast<float*>(weight.mutable_data_ptr()),
-                               floats(inverse),
-                               floats(scales),
-                               floats(zeros),
-                               of_column,
-                               static_cast<uint8_t*>(codes.mutable_data_ptr()),
-                               static_cast<float*>(errors.mutable_data_ptr()),
-                               columns,
-                               n,
-                               weight.stride(0),
-                               inverse.stride(0),
-                               static_cast<int32_t>(maxq)};
+  return {static_cast<float*>(weight.mutable_data_ptr()),
+          floats(inverse),
+          floats(scales),
+          floats(zeros),
+          of_column,
+          static_cast<uint8_t*>(codes.mutable_data_ptr()),
+          static_cast<float*>(errors.mutable_data_ptr()),
+          columns,
+          n,
+          weight.stride(0),
+          inverse.stride(0),
+          static_cast<int32_t>(maxq)};
+}
+
+void solve_columns(const Tensor& weight,
+                   const Tensor& codes,
+                   const Tensor& errors,
+                   const Tensor& inverse,
+                   const Tensor& scales,
+                   const Tensor& zeros,
+                   const Tensor& group,
+                   int64_t maxq) {
+  const auto_gptq::Block block =
+      check_block(weight, codes, errors, inverse, scales, zeros, group, maxq);
 #ifdef AUTO_GPTQ_CUDA
   if (!weight.is_cpu()) {
     run_on_gpu(weight,
@@ -128,10 +141,65 @@ void solve_columns(const Tensor& weight,
     return;
   }
 #endif
-  for_columns(0, (n + 31) / 32 * 32, columns * columns, [&](int64_t begin, int64_t end) {
-    auto_gptq_cpu_solve_columns(&block, begin, std::min(end, n), auto_gptq_cpu_best_isa());
-  });
+  for_columns(0, (block.n + 31) / 32 * 32, block.columns * block.columns,
+              [&](int64_t begin, int64_t end) {
+                auto_gptq_cpu_solve_columns(&block, begin, std::min(end, block.n),
+                                            auto_gptq_cpu_best_isa());
+              });
 }
+
+#ifdef AUTO_GPTQ_CUDA
+Tensor solve_matrix(const Tensor& weight,
+                    const Tensor& codes,
+                    const Tensor& errors,
+                    const Tensor& inverse,
+                    const Tensor& scales,
+                    const Tensor& zeros,
+                    const Tensor& group,
+                    const Tensor& importance,
+                    const Tensor& factors,
+                    int64_t group_size,
+                    int64_t bits,
+                    bool symmetric,
+                    int64_t lowest_zero,
+                    ScalarType scale_dtype) {
+  const auto_gptq::Block block = check_block(weight, codes, errors, inverse, scales, zeros, group,
+                                             (int64_t{1} << bits) - 1);
+  check_vector("importance", importance, weight, block.columns, ScalarType::Float);
+  check_vector("factors", factors, weight, factors.size(0), ScalarType::Float);
+  check_floating("scale_dtype", scale_dtype);
+  STD_TORCH_CHECK(weight.is_contiguous(), "weight must be contiguous.");
+  for (const Tensor* tensor : {&weight, &errors, &inverse}) {
+    STD_TORCH_CHECK(tensor->stride(0) % 4 == 0 &&
+                        reinterpret_cast<uintptr_t>(tensor->const_data_ptr()) % 16 == 0,
+                    "weight, errors and inverse must have rows aligned to 16 bytes.");
+  }
+  STD_TORCH_CHECK(
+      group_size == 0 || scales.size(0) == (block.columns + group_size - 1) / group_size,
+      "scales has ", scales.size(0), " groups, too few or too many for groups of ", group_size,
+      ".");
+  const auto_gptq::Fit fit{nullptr,
+                           floats(importance),
+                           floats(factors),
+                           static_cast<float*>(scales.mutable_data_ptr()),
+                           static_cast<float*>(zeros.mutable_data_ptr()),
+                           block.columns,
+                           factors.size(0),
+                           block.n,
+                           block.n,
+                           group_size,
+                           static_cast<int32_t>(bits),
+                           symmetric ? 1 : 0,
+                           static_cast<int32_t>(lowest_zero),
+                           *data_type(scale_dtype)};
+  Tensor loss = torch::stable::new_empty(weight, {block.n});
+  run_on_gpu(weight, [&](void* stream) {
+    return auto_gptq_cuda_solve_matrix(&block, &fit, static_cast<float*>(loss.mutable_data_ptr()),
+                                       stream);
+  });
+  return loss;
+}
+#endif
 
 }  // namespace
 
@@ -144,5 +212,6 @@ STABLE_TORCH_LIBRARY_IMPL(auto_gptq, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(auto_gptq, CUDA, m) {
   m.impl("fit_grids", TORCH_BOX(&fit_grids));
   m.impl("solve_columns", TORCH_BOX(&solve_columns));
+  m.impl("solve_matrix", TORCH_BOX(&solve_matrix));
 }
 #endif

@@ -210,6 +210,15 @@ AUTO_GPTQ_API const char* auto_gptq_cuda_fit_grids(const auto_gptq::Fit* fit, vo
 // At most 128 columns.
 AUTO_GPTQ_API const char* auto_gptq_cuda_solve_columns(const auto_gptq::Block* block, void* stream);
 
+// Quantize a whole matrix: all columns of the block, whose errors then are rounded to 11 bits, and
+// whose rows lie side by side.  Where fit->group_size is not 0, it must divide 128, and the grids are
+// fitted on the way, to the weights that 128 columns at a time have become.  Weight, inverse, errors
+// and their rows are aligned to 16 bytes.
+AUTO_GPTQ_API const char* auto_gptq_cuda_solve_matrix(const auto_gptq::Block* block,
+                                                      const auto_gptq::Fit* fit,
+                                                      float* loss,  // out [N]
+                                                      void* stream);
+
 // Choose the kernel for a product from the measured table in q_matmul.cu; pointers are not read.
 AUTO_GPTQ_API auto_gptq::Plan auto_gptq_cuda_plan(const auto_gptq::Product* product,
                                                   int32_t device);
