@@ -199,6 +199,66 @@ Tensor solve_matrix(const Tensor& weight,
   });
   return loss;
 }
+
+Tensor pack_codes(const Tensor& codes, int64_t bits) {
+  STD_TORCH_CHECK(codes.dim() == 2 && codes.size(1) % 32 == 0 &&
+                      codes.scalar_type() == ScalarType::Byte,
+                  "codes is ", shape_of(codes), ", but must be Byte [N, K], K a multiple of 32.");
+  STD_TORCH_CHECK(bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits is ", bits,
+                  ", but must be 2, 3, 4 or 8.");
+  const Tensor given = as_contiguous(codes);
+  const int64_t n = codes.size(0), k = codes.size(1);
+  Tensor words = torch::stable::new_empty(codes, {k / 32 * bits, n}, ScalarType::Int);
+  run_on_gpu(codes, [&](void* stream) {
+    return auto_gptq_cuda_pack_codes(static_cast<const uint8_t*>(given.const_data_ptr()), n, k,
+                                     static_cast<int32_t>(bits),
+                                     static_cast<int32_t*>(words.mutable_data_ptr()), stream);
+  });
+  return words;
+}
+
+Tensor dequantize_codes(const Tensor& codes,
+                        const Tensor& scales,
+                        const Tensor& zeros,
+                        const Tensor& g_idx,
+                        ScalarType dtype) {
+  STD_TORCH_CHECK(codes.dim() == 2 && scales.dim() == 2, "codes and scales must be matrices.");
+  const int64_t n = codes.size(0), k = codes.size(1), groups = scales.size(1);
+  check_matrix("scales", scales, n, groups, "[N, G]");
+  check_matrix("zeros", zeros, n, groups, "[N, G]");
+  check_like("scales", scales, codes);
+  check_like("zeros", zeros, codes);
+  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte &&
+                      scales.scalar_type() == ScalarType::Float &&
+                      zeros.scalar_type() == ScalarType::Int,
+                  "codes, scales and zeros must be Byte, Float and Int.");
+  check_vector("g_idx", g_idx, codes, k, ScalarType::Int);
+  check_floating("dtype", dtype);
+  const Tensor of[3] = {as_contiguous(codes), as_contiguous(scales), as_contiguous(zeros)};
+  const auto_gptq::Solved given{static_cast<const uint8_t*>(of[0].const_data_ptr()),
+                               floats(of[1]),
+                               static_cast<const int32_t*>(of[2].const_data_ptr()),
+                               static_cast<const int32_t*>(g_idx.const_data_ptr()),
+                               n,
+                               k,
+                               groups};
+  Tensor weight = torch::stable::new_empty(codes, {n, k}, dtype);
+  // A launch has less than 65536 blocks along N.
+  constexpr int64_t kMost = 32768;
+  for (int64_t begin = 0; begin < n; begin += kMost) {
+    auto_gptq::Solved part = given;
+    part.codes += begin * k;
+    part.scales += begin * groups;
+    part.zeros += begin * groups;
+    part.n = std::min(kMost, n - begin);
+    char* to = static_cast<char*>(weight.mutable_data_ptr()) +
+               begin * k * (dtype == ScalarType::Float ? 4 : 2);
+    run_on_gpu(codes, [&](void* stream) {
+      return auto_gptq_cuda_dequantize_codes(&part, to, *data_type(dtype), stream);
+    });
+  }
+  return weight;
+}
 #endif
 
 }  // namespace
@@ -213,5 +273,7 @@ STABLE_TORCH_LIBRARY_IMPL(auto_gptq, CUDA, m) {
   m.impl("fit_grids", TORCH_BOX(&fit_grids));
   m.impl("solve_columns", TORCH_BOX(&solve_columns));
   m.impl("solve_matrix", TORCH_BOX(&solve_matrix));
+  m.impl("pack_codes", TORCH_BOX(&pack_codes));
+  m.impl("dequantize_codes", TORCH_BOX(&dequantize_codes));
 }
 #endif

@@ -147,6 +147,26 @@ def _(weight: Tensor, *_others: Any) -> Tensor:
     return weight.new_empty(weight.shape[1])
 
 
+_define("pack_codes", "Tensor codes, int bits", reference.pack_codes)
+
+
+@torch.library.register_fake("auto_gptq::pack_codes", lib=_library)
+def _(codes: Tensor, bits: int) -> Tensor:
+    return codes.new_empty((codes.shape[1] // 32 * bits, codes.shape[0]), dtype=torch.int32)
+
+
+_define(
+    "dequantize_codes",
+    "Tensor codes, Tensor scales, Tensor zeros, Tensor g_idx, ScalarType dtype",
+    reference.dequantize_codes,
+)
+
+
+@torch.library.register_fake("auto_gptq::dequantize_codes", lib=_library)
+def _(codes: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty(codes.shape, dtype=dtype)
+
+
 # Weights in tiles (formats/tiles.py).  in_features and out_features are K and N before padding.
 _TILES = "Tensor tiles, Tensor scales, Tensor? zeros, Tensor? perm"
 _TILED = "int bits, int group_size, int in_features, int out_features"

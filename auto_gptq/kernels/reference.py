@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..formats.gptq import trivial_g_idx, unpack_codes, unpack_zeros
 from ..formats.grid import Grid, GridRule
+from ..formats.packing import pack
 from ..formats.tiles import (
     pad,
     place_order,
@@ -298,3 +299,22 @@ def solve_matrix(
 
 def _fields(grids: list[Grid]) -> tuple[list[Tensor], list[Tensor]]:
     return [grid.scale for grid in grids], [grid.zero for grid in grids]
+
+
+def pack_codes(
+    codes: Tensor,  # [N, K] uint8
+    bits: int,
+) -> Tensor:  # [K / 32 * bits, N] int32
+    """Pack the solver's integers."""
+    return pack(codes.t(), bits)
+
+
+def dequantize_codes(
+    codes: Tensor,  # [N, K] uint8
+    scales: Tensor,  # [N, G] fp32
+    zeros: Tensor,  # [N, G] int32
+    g_idx: Tensor,  # [K] int32
+    dtype: torch.dtype,
+) -> Tensor:  # [N, K]
+    """Give the weights that the solver's integers stand for, rounded once."""
+    return ((codes - zeros[:, g_idx]) * scales[:, g_idx]).to(dtype)

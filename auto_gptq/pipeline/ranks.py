@@ -110,23 +110,29 @@ class Ranks:
         """Solve this rank's rows and gather the others': rows do not depend on each other."""
         parts = part_rows(rows, self.count)
         if self.count == 1 or len(parts) < self.count:
-            return solver(slice(rows))
+            return solver(slice(0, rows))
         own = solver(parts[self.rank])
         share = parts[0].stop
 
         def gathered(part: Tensor) -> Tensor:
-            padded = part.new_zeros((share, *part.shape[1:]))
-            padded[: len(part)] = part
-            parts = [torch.empty_like(padded) for _ in range(self.count)]
-            dist.all_gather(parts, padded)
-            return torch.cat(parts)[:rows]
+            padded = part.contiguous()
+            if len(part) < share:
+                padded = torch.cat([part, part.new_zeros(share - len(part), *part.shape[1:])])
+            everyone = part.new_empty(self.count * share, *part.shape[1:])
+            dist.all_gather_into_tensor(everyone, padded)
+            return everyone[:rows]
 
+        # What is small goes together.
+        columns = [own.scales, own.zeros.to(torch.float32), own.loss[:, None], own.energy[:, None]]
+        small = gathered(torch.cat(columns, 1))
+        scales, zeros, sums = small.split([own.scales.shape[1], own.zeros.shape[1], 2], 1)
         return replace(
             own,
             codes=gathered(own.codes),
-            scales=gathered(own.scales),
-            zeros=gathered(own.zeros),
-            loss=gathered(own.loss),
+            scales=scales.contiguous(),
+            zeros=zeros.to(torch.int32),
+            loss=sums[:, 0],
+            energy=sums[:, 1],
             unrounded=None if own.unrounded is None else gathered(own.unrounded),
         )
 

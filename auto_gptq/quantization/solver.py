@@ -7,7 +7,9 @@ error of each is made up for by the columns still to come.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +21,8 @@ from ..kernels import gpu, ops, reference
 from .hessian import Factor, factorize
 from .precision import tensor_cores
 
+# Columns that a GPU's kernel takes at a time.
+_BY_KERNEL = 1024
 _NEARLY_HALF = 0.499
 _ROWS_TOGETHER = 64  # what the kernels take at a time
 
@@ -46,25 +50,26 @@ class Solution:
     zeros: Tensor  # [N, G] int32
     g_idx: Tensor  # [K] int32
     loss: Tensor  # [N] fp32: each row of (W - Q) (H + damping) (W - Q)ᵀ, its diagonal element
+    energy: Tensor  # [N] fp32: what the loss would be with all weights 0, without damping
     damp_percent: float  # the damping that was used
     unrounded: Tensor | None = None  # [N, K] fp32: codes before rounding, if they were asked for
 
-    def dequantize(self) -> Tensor:
-        """Give the fp32 weight ``[N, K]`` that the integers stand for."""
-        return (self.codes - self.zeros[:, self.g_idx]) * self.scales[:, self.g_idx]
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Give the weight ``[N, K]`` that the integers stand for."""
+        weight: Tensor = torch.ops.auto_gptq.dequantize_codes(
+            self.codes, self.scales, self.zeros, self.g_idx, dtype
+        )
+        return weight
+
+    def by_row(self) -> dict[str, Any]:
+        """Give the tensors that have a row per output."""
+        names = ("codes", "scales", "zeros", "loss", "energy", "unrounded")
+        tensors = {name: getattr(self, name) for name in names}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def rows(self, start: int, stop: int) -> Solution:
         """Give the solution of some outputs of a stacked layer."""
-        part = slice(start, stop)
-        return Solution(
-            self.codes[part],
-            self.scales[part],
-            self.zeros[part],
-            self.g_idx,
-            self.loss[part],
-            self.damp_percent,
-            None if self.unrounded is None else self.unrounded[part],
-        )
+        return replace(self, **{name: x[start:stop] for name, x in self.by_row().items()})
 
 
 @tensor_cores()
@@ -87,38 +92,48 @@ def solve(
     gpu.load_solver()
     columns = weight.shape[1]
     target = weight.to(torch.float32)
-    if not torch.isfinite(target).all():
+    if not is_finite(target):
         raise NumericsError("The weight holds NaN or infinity; the checkpoint is damaged.")
     order = _processing_order(hessian, options.act_order)
-    factor = factorize(hessian[order][:, order], options.damp_percent)
+    ordered = hessian
+    if options.act_order:
+        ordered = hessian.index_select(0, order).index_select(1, order)
+    factor = factorize(ordered, options.damp_percent)
     if pull is not None and options.correction:
-        if not torch.isfinite(pull).all():
+        if not is_finite(pull):
             raise NumericsError(
                 "The full-precision model's activations hold NaN or infinity. If it runs in "
                 "float16, load it with torch_dtype=torch.bfloat16 or torch.float32."
             )
-        target = target + options.correction * _shift(pull, order, factor.inverse)
+        shift = by_parts(
+            lambda rows: _shift(pull[rows], order, factor.inverse), slice(0, len(weight)), parts
+        )
+        target = target + options.correction * shift
 
-    # A product's last bits depend on its shape, but for the kernel that takes each row by itself.
-    alone = gpu.takes_matrices(target, _fitted_on_the_way(options, columns))
-    parted = part_rows(len(weight), 1 if alone else parts)
-    return joined([_solve_rows(target[rows], order, factor, options) for rows in parted])
+    # The kernel takes each row by itself; elsewhere all is a product.
+    by_kernel = gpu.takes_matrices(target, _fitted_on_the_way(options, columns))
+    cuts = [slice(0, len(target))] if by_kernel else part_rows(len(target), parts)
+    found = [_solve_rows(target[rows], order, factor, options, parts) for rows in cuts]
+    return replace(_joined(found), energy=_energy(weight, hessian))
 
 
-def joined(solutions: list[Solution]) -> Solution:
+def _joined(solutions: Sequence[Solution]) -> Solution:
     """Stack the solutions of one matrix's rows."""
-    first = solutions[0]
     if len(solutions) == 1:
-        return first
-    unrounded = [solution.unrounded for solution in solutions if solution.unrounded is not None]
-    return replace(
-        first,
-        codes=torch.cat([solution.codes for solution in solutions]),
-        scales=torch.cat([solution.scales for solution in solutions]),
-        zeros=torch.cat([solution.zeros for solution in solutions]),
-        loss=torch.cat([solution.loss for solution in solutions]),
-        unrounded=torch.cat(unrounded) if unrounded else None,
-    )
+        return solutions[0]
+    tensors = [solution.by_row() for solution in solutions]
+    stacked: dict[str, Any] = {name: torch.cat([x[name] for x in tensors]) for name in tensors[0]}
+    return replace(solutions[0], **stacked)
+
+
+def by_parts(
+    product: Callable[[slice], Tensor],
+    rows: slice,
+    parts: int,
+) -> Tensor:
+    """Take a product for parts of its rows: its last bits depend on their number."""
+    cuts = part_rows(rows.stop - rows.start, parts)
+    return torch.cat([product(slice(rows.start + c.start, rows.start + c.stop)) for c in cuts])
 
 
 def _solve_rows(
@@ -126,6 +141,7 @@ def _solve_rows(
     order: Tensor,  # [K]
     factor: Factor,
     options: SolverOptions,
+    parts: int,
 ) -> Solution:
     rule, columns = options.rule, target.shape[1]
     size = _fitted_on_the_way(options, columns)
@@ -134,14 +150,11 @@ def _solve_rows(
     # 1 / U_ii² is the variance of input i given all inputs processed after it: the share of its
     # rounding error that nothing can make up for.
     importance = factor.inverse.diagonal().square().reciprocal() if options.scale_search else None
-    weight = target.t()[order].contiguous()  # held transposed, so that a column is contiguous
+    held = target.t().contiguous()  # a column is contiguous
+    weight = held.index_select(0, order) if options.act_order else held
     if not size:
-        grid = _fit_groups(
-            target.t().contiguous(),
-            options.group_size,
-            rule,
-            None if importance is None else importance[back],
-        )
+        unordered = None if importance is None else importance[back]
+        grid = _fit_groups(held, options.group_size, rule, unordered)
         scales, zeros, group_at = grid.scale, grid.zero, group[order]
     else:
         scales = weight.new_empty(-(-columns // size), weight.shape[1])
@@ -150,35 +163,44 @@ def _solve_rows(
 
     codes, errors = torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight)
     importance, factors = _candidates(weight, importance, rule)
+    group_at = group_at.to(torch.long)
+    loss = weight.new_zeros(len(target))
     by_kernel = gpu.takes_matrices(target, size)
     solve_matrix = torch.ops.auto_gptq.solve_matrix if by_kernel else reference.solve_matrix
-    loss = solve_matrix(
-        weight,
-        codes,
-        errors,
-        factor.inverse,
-        scales,
-        zeros,
-        group_at.to(torch.long),
-        importance,
-        factors,
-        size,
-        rule.bits,
-        rule.symmetric,
-        rule.lowest_zero,
-        rule.scale_dtype,
-    )
+    step = _BY_KERNEL if by_kernel else columns
+    for start in range(0, columns, step):
+        ahead = slice(start, min(start + step, columns))
+        for rows in part_rows(len(target), parts) if start else []:
+            share = factor.inverse[:start, ahead].t()
+            weight[ahead, rows].addmm_(share, errors[:start, rows], alpha=-1)
+        loss += solve_matrix(
+            weight[ahead],
+            codes[ahead],
+            errors[ahead],
+            factor.inverse[ahead, ahead],
+            scales,
+            zeros,
+            group_at[ahead],
+            importance[ahead],
+            factors,
+            size,
+            rule.bits,
+            rule.symmetric,
+            rule.lowest_zero,
+            rule.scale_dtype,
+        )
     unrounded = None
     if options.keep_unrounded:
         wanted = weight / scales[group_at] + zeros[group_at]
         # Where a code was cut off, the last number that is rounded to it.
         unrounded = codes + (wanted - codes).clamp(-_NEARLY_HALF, _NEARLY_HALF)
     return Solution(
-        codes=codes[back].t().contiguous(),
+        codes=codes.index_select(0, back).t().contiguous(),
         scales=scales.t().contiguous(),
         zeros=zeros.t().to(torch.int32).contiguous(),
         g_idx=group,
         loss=loss,
+        energy=loss,  # is put right by solve()
         damp_percent=factor.damp_percent,
         unrounded=None if unrounded is None else unrounded[back].t().contiguous(),
     )
@@ -202,6 +224,7 @@ def round_to_nearest(
         grid.zero.t().to(torch.int32).contiguous(),
         g_idx,
         ((error @ hessian) * error).sum(1),
+        _energy(target, hessian),
         damp_percent=0.0,
     )
 
@@ -214,6 +237,23 @@ def squared_error(
     """Give ``tr((W - Q) H (W - Q)ᵀ)``, the error that GPTQ minimises (equation 1)."""
     error = (weight - quantized).to(torch.float64)
     return ((error @ hessian.to(torch.float64)) * error).sum()
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Tell whether a tensor holds neither NaN nor infinity; reads it once, and writes nothing."""
+    # A sum is finite if all terms are; one that overflows decides nothing.
+    total = tensor.sum(dtype=torch.float32)
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
+
+
+def _energy(
+    weight: Tensor,  # [N, K]
+    hessian: Tensor,  # [K, K] fp32
+) -> Tensor:  # [N] fp32
+    """Give the diagonal of ``W H Wᵀ``; on a GPU to three digits, for a third of the time."""
+    dtype = torch.bfloat16 if weight.is_cuda else torch.float32
+    product = weight.to(dtype) @ hessian.to(dtype)
+    return (product * weight).sum(1, dtype=torch.float32)
 
 
 def _processing_order(hessian: Tensor, act_order: bool) -> Tensor:

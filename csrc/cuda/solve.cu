@@ -36,10 +36,11 @@ __global__ void fit_grids_kernel(Fit fit) {
   for (int f = threadIdx.y; f < fit.candidates; f += kFitFactors) {
     float scale, zero, error = 0.0f;
     span(fit, lowest, highest, fit.factors[f], scale, zero);
+    const float inverse = __frcp_rn(scale);
 #pragma unroll 8
     for (int64_t i = first; i < last; ++i) {
       const float w = weight[i * fit.weight_stride];
-      const float code = fminf(fmaxf(rintf(w / scale) + zero, 0.0f), maxq);
+      const float code = fminf(fmaxf(rintf(w * inverse) + zero, 0.0f), maxq);
       const float missed = w - (code - zero) * scale;
       error += fit.importance[i] * (missed * missed);
     }

@@ -1,9 +1,11 @@
-// A whole matrix solved in one launch.  Rows do not depend on each other, so a block takes some rows
-// through all columns, 128 at a time: the errors of all columns before go to these 128 in products
-// on the tensor cores (TF32), grids are fitted to what they have become if groups go in order, and
-// the columns are quantized one by one.  No row's result depends on which others are with it.
+// A thousand columns solved in one launch.  Rows do not depend on each other, so a block takes some
+// rows through all columns, 128 at a time: the errors of all columns before go to these 128 in
+// products on the tensor cores (TF32), grids are fitted to what they have become if groups go in
+// order, and the columns are quantized one by one.  No row's result depends on which others are with
+// it.
 //
-// What costs is reading the factor, once per block of rows; its 128 columns come in stages.
+// Every block of rows reads the whole factor, so beyond some thousand columns cuBLAS is faster with
+// what goes from one launch to the next.
 #include "device.h"
 #include "mma.cuh"
 #include "solve.cuh"
@@ -35,7 +37,7 @@ struct Columns {
   int best[kShare][ROWS];
 };
 
-// With 64 rows two blocks share a multiprocessor, by a margin of 3 KB.
+// With 64 rows two blocks share a multiprocessor, by a margin of 1 KB each.
 template <int ROWS>
 struct Memory {
   union {
@@ -199,7 +201,7 @@ __device__ __forceinline__ void fit_groups(
       }
       float scale, zero;
       span(fit, lowest, highest, fit.factors[best], scale, zero);
-      const int64_t group = (first + start) / size;
+      const int64_t group = shared.group[start];
       fit.scales[group * fit.n + n] = scale;
       fit.zeros[group * fit.n + n] = zero;
     }
@@ -207,8 +209,13 @@ __device__ __forceinline__ void fit_groups(
   }
 }
 
+// The nearest whole number, half to even, in a third of the time that rintf takes; where x is too
+// large for it, so is the result, and the code is cut off.
+__device__ __forceinline__ float round_to_even(float x) { return (x + 12582912.0f) - 12582912.0f; }
+
 // Quantize the columns one by one: a thread per row holds 32 of them in registers; then all threads
-// take the errors of these to the columns behind them.
+// take the errors of these to the columns behind them.  The chain from one column to the next is
+// what takes time, so nothing in it divides, and grids are fetched before it begins.
 template <int ROWS>
 __device__ __forceinline__ float quantize(
     const Block& block, const Fit& fit, Memory<ROWS>& shared, int from, int columns) {
@@ -217,15 +224,24 @@ __device__ __forceinline__ float quantize(
   const bool inside = n < block.n;
   const int64_t at = inside ? n : 0;
   const float maxq = static_cast<float>(block.maxq);
-  float loss = 0.0f;
-  for (int first = 0; first < columns; first += kRegisters) {
-    if (share == 0) {
-      float w[kRegisters], scale[kRegisters], zero[kRegisters];
+  float scale[kRegisters], zero[kRegisters];
+  const auto fetch_grids = [&](int first) {
+    if (share == 0 && first < columns) {
 #pragma unroll
       for (int c = 0; c < kRegisters; ++c) {
         const int64_t group = shared.group[first + c];
         scale[c] = fit.scales[group * block.n + at];
         zero[c] = fit.zeros[group * block.n + at];
+      }
+    }
+  };
+  float loss = 0.0f;
+  fetch_grids(0);
+  for (int first = 0; first < columns; first += kRegisters) {
+    if (share == 0) {
+      float w[kRegisters];
+#pragma unroll
+      for (int c = 0; c < kRegisters; ++c) {
         w[c] = shared.weight[first + c][row];
       }
 #pragma unroll
@@ -234,8 +250,9 @@ __device__ __forceinline__ float quantize(
         float error = 0.0f;
         if (i < columns) {
           const float* factors = shared.now.diagonal[i] + first;
-          const float code = fminf(fmaxf(rintf(w[c] / scale[c]) + zero[c], 0.0f), maxq);
-          error = (w[c] - (code - zero[c]) * scale[c]) / factors[c];
+          const float whole = round_to_even(w[c] * __frcp_rn(scale[c]));
+          const float code = fminf(fmaxf(whole + zero[c], 0.0f), maxq);
+          error = (w[c] - (code - zero[c]) * scale[c]) * __frcp_rn(factors[c]);
 #pragma unroll
           for (int later = c + 1; later < kRegisters; ++later) {
             w[later] -= error * factors[later];
@@ -251,6 +268,7 @@ __device__ __forceinline__ float quantize(
         shared.now.errors[c][row] = error;
       }
     }
+    fetch_grids(first + kRegisters);
     __syncthreads();
     if (first + kRegisters < columns) {
       float error[kRegisters];
@@ -266,7 +284,8 @@ __device__ __forceinline__ float quantize(
         }
 #pragma unroll
         for (int c = 0; c < kRegisters; ++c) {
-          const float4 factor = *reinterpret_cast<const float4*>(&shared.now.diagonal[first + c][j]);
+          const float4 factor =
+              *reinterpret_cast<const float4*>(&shared.now.diagonal[first + c][j]);
           later[0] -= error[c] * factor.x;
           later[1] -= error[c] * factor.y;
           later[2] -= error[c] * factor.z;
@@ -284,7 +303,8 @@ __device__ __forceinline__ float quantize(
 }
 
 template <int ROWS>
-__global__ void __launch_bounds__(kShare* ROWS) solve_matrix_kernel(Task task) {
+__global__ void __launch_bounds__(kShare* ROWS, ROWS == 64 ? 2 : 1)
+    solve_matrix_kernel(Task task) {
   extern __shared__ __align__(16) float memory[];
   Memory<ROWS>& shared = *reinterpret_cast<Memory<ROWS>*>(memory);
   const Block& block = task.block;
