@@ -135,9 +135,10 @@ def _solve_stacked(
     """Solve linears as one tall matrix, then part them again."""
     started = time.perf_counter()
     mean = hessian.mean()
-    weights = {name: dense_weight(linear).float() for name, linear in linears.items()}
+    weights = {name: dense_weight(linear) for name, linear in linears.items()}
     tall = torch.cat(list(weights.values()))
-    _check_weights(weights)
+    if not is_finite(tall):  # before it spoils what is solved with it
+        raise _damaged([name for name, weight in weights.items() if not is_finite(weight)])
     notes: list[str] = []
 
     def of_rows(rows: slice) -> Solution:
@@ -169,16 +170,11 @@ def _solve_stacked(
         row = rows.stop
 
 
-def _check_weights(weights: Mapping[str, Tensor]) -> None:
-    """Find what holds NaN or infinity before it spoils what is solved with it."""
-    if not is_finite(torch.stack([weight.sum() for weight in weights.values()])):
-        bad = [name for name, weight in weights.items() if not is_finite(weight)]
-        if not bad:  # a sum of large numbers
-            return
-        raise NumericsError(
-            f"{', '.join(bad)}: The weight holds NaN or infinity. The checkpoint is damaged, or "
-            "float16 was too narrow for it: load it with torch_dtype=torch.bfloat16."
-        )
+def _damaged(names: Sequence[str]) -> NumericsError:
+    return NumericsError(
+        f"{', '.join(names)}: The weight holds NaN or infinity. The checkpoint is damaged, or "
+        "float16 was too narrow for it: load it with torch_dtype=torch.bfloat16."
+    )
 
 
 class _AllSeen(Exception):

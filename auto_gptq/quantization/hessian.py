@@ -140,7 +140,7 @@ class Hessian:
         :param rows: the outputs that are asked for
         """
         assert self._drift is not None
-        pull = weight[rows] @ self._drift
+        pull = weight[rows].to(torch.float32) @ self._drift
         if self._gap is not None and len(self._gap) == len(weight):
             pull += self._gap[rows]
         return pull / max(self._drift_tokens, 1)
