@@ -7,6 +7,7 @@ After that every rank has the same quantized block.
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,6 +26,11 @@ from ..quantization.solver import Solution, part_rows
 T = TypeVar("T")
 
 
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 @dataclass(frozen=True)
 class Ranks:
     """Which process this is, of how many."""
@@ -41,6 +47,7 @@ class Ranks:
             if not dist.is_torchelastic_launched():
                 return cls()
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            atexit.register(_leave)  # else NCCL complains at the end of the script
         return cls(dist.get_rank(), dist.get_world_size())
 
     @property
@@ -149,9 +156,10 @@ class Ranks:
         """Tell whether something holds on every rank."""
         if self.count == 1:
             return here
-        answers: list[bool | None] = [None] * self.count
-        dist.all_gather_object(answers, here)
-        return all(answers)
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        answer = torch.tensor(int(here), device=device)
+        dist.all_reduce(answer, dist.ReduceOp.MIN)
+        return bool(answer)
 
     def agree(self, decide: Callable[[], T]) -> T:
         """Let the first rank decide for all; its errors are raised on every rank."""

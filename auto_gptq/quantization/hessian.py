@@ -44,7 +44,7 @@ class Hessian:
     def __init__(self, size: int, device: torch.device) -> None:
         self.total = torch.zeros(size, size, dtype=torch.float32, device=device)
         self.tokens = 0
-        self._is_lower = False  # only the lower triangle of `total` counts
+        self._is_lower = False  # of each stripe of `total`, only what is left of its end counts
         self._drift: Tensor | None = None  # [size, size] sum of (exact x - x) xᵀ
         self._gap: Tensor | None = None  # [outputs, size] sum of gap xᵀ
         self._drift_tokens = 0
@@ -84,10 +84,12 @@ class Hessian:
 
     def mean(self) -> Tensor:
         """Give ``[size, size]`` fp32: the mean over tokens, or zeros if none was seen."""
-        total = self.total
         if self._is_lower:
-            total = total.tril() + total.tril(-1).t()
-        return total / max(self.tokens, 1)
+            for stripe in _stripes(len(self.total), _STRIPES):
+                left = self.total[stripe, : stripe.start]
+                self.total[: stripe.start, stripe] = left.t()
+            self._is_lower = False
+        return self.total / max(self.tokens, 1)
 
     def merge(self, other: Hessian) -> None:
         """Add another one's sums, in place."""
