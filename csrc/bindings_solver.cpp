@@ -175,9 +175,8 @@ Tensor solve_matrix(const Tensor& weight,
                     "weight, errors and inverse must have rows aligned to 16 bytes.");
   }
   STD_TORCH_CHECK(
-      group_size == 0 || scales.size(0) == (block.columns + group_size - 1) / group_size,
-      "scales has ", scales.size(0), " groups, too few or too many for groups of ", group_size,
-      ".");
+      group_size == 0 || scales.size(0) >= (block.columns + group_size - 1) / group_size,
+      "scales has ", scales.size(0), " groups, too few for groups of ", group_size, ".");
   const auto_gptq::Fit fit{nullptr,
                            floats(importance),
                            floats(factors),
