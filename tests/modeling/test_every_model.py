@@ -246,7 +246,7 @@ def test_experts_of_a_layer_are_all_packed_or_all_dense(caplog: pytest.LogCaptur
 # What sees or hears: all but the part that makes text has to come back in every bit.
 SEEING = {
     "gemma3": True,  # takes an image here; False: text alone
-    "llama4": False,  # transformers has a text model under the same configuration
+    "qwen3_5": False,  # transformers has a text model under the same configuration
     "step3p7": True,  # q, k and v of the vision tower are one tensor on disk
     "qwen3_vl_moe": False,  # experts of the language tower
     "blip": True,  # each input has an image
