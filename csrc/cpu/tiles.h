@@ -102,7 +102,11 @@ void multiply(const Tiled& w, const Rounded& x, float* y, int64_t begin, int64_t
   if (x.few) {
     for (int64_t n = begin, next; n < end; n = next) {
       next = std::min(n / kSide * kSide + kSide, end);
-      multiply_few_rows<Set, BITS>(w, x, n, next, y);
+      if (BITS != 8 && x.terms == 1) {
+        multiply_few_rows<Set, BITS, BITS == 8 ? 2 : 1>(w, x, n, next, y);
+      } else {
+        multiply_few_rows<Set, BITS, 2>(w, x, n, next, y);
+      }
     }
     return;
   }

@@ -28,9 +28,9 @@ struct Avx2 {
 
   // Of up to four vectors: 2 * 4 * 15 * 127 at most.
   template <Kind KIND, int N>
-  static AUTO_GPTQ_INLINE Ints<8> dot_term(const Words<8> (&codes)[N],
-                                           const Words<8> (&x)[N],
-                                           int factor) {
+  static AUTO_GPTQ_INLINE Ints<8> dot(const Words<8> (&codes)[N],
+                                      const Words<8> (&x)[N],
+                                      int factor = 1) {
     static_assert(KIND == kNibbles || KIND == kSparse);
     Ints<8> sum{};
     __m256i sums{};
@@ -49,7 +49,7 @@ struct Avx2 {
   static AUTO_GPTQ_INLINE Ints<8> dot(const Words<8> (&codes)[N],
                                       const Words<8> (&high)[N],
                                       const Words<8> (&low)[N]) {
-    return dot_term<KIND>(codes, high, 128) + dot_term<KIND>(codes, low, 1);
+    return dot<KIND>(codes, high, 128) + dot<KIND>(codes, low);
   }
 
   template <Kind KIND>
@@ -69,6 +69,10 @@ struct Avx2 {
   }
 
   static AUTO_GPTQ_INLINE Words<8> keep(Words<8> x) { return x; }
+
+  static AUTO_GPTQ_INLINE Ints<8> repeat_shifts(const int32_t* shifts) {
+    return load<Ints<8>>(shifts);
+  }
 
   static AUTO_GPTQ_INLINE Words<8> repeat_eight(const uint32_t* words, int p) {
     return load<Words<8>>(words) >> p * 4;

@@ -22,15 +22,20 @@ struct Avx512Vnni {
   }
 
   template <Kind KIND, int N>
-  static AUTO_GPTQ_INLINE Ints<16> dot(const Words<16> (&codes)[N],
-                                       const Words<16> (&high)[N],
-                                       const Words<16> (&low)[N]) {
+  static AUTO_GPTQ_INLINE Ints<16> dot(const Words<16> (&codes)[N], const Words<16> (&x)[N]) {
     Ints<16> sum{};
 #pragma GCC unroll 2
     for (int i = 0; i < N; ++i) {
-      sum = add(sum, codes[i], high[i]);
+      sum = add(sum, codes[i], x[i]);
     }
-    sum <<= 7;
+    return sum;
+  }
+
+  template <Kind KIND, int N>
+  static AUTO_GPTQ_INLINE Ints<16> dot(const Words<16> (&codes)[N],
+                                       const Words<16> (&high)[N],
+                                       const Words<16> (&low)[N]) {
+    Ints<16> sum = dot<KIND>(codes, high) << 7;
 #pragma GCC unroll 2
     for (int i = 0; i < N; ++i) {
       sum = add(sum, codes[i], low[i]);
@@ -51,6 +56,10 @@ struct Avx512Vnni {
   static AUTO_GPTQ_INLINE Words<16> keep(Words<16> x) {
     __asm__("" : "+v"(x));
     return x;
+  }
+
+  static AUTO_GPTQ_INLINE Ints<16> repeat_shifts(const int32_t* shifts) {
+    return (Ints<16>)_mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)shifts));
   }
 
   static AUTO_GPTQ_INLINE Words<16> repeat_eight(const uint32_t* words, int) {
