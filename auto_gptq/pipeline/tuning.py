@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from ..formats.gptq import trivial_g_idx
 from ..nn_modules.qlinear.linear import dense_weight
 from ..quantization.precision import tensor_cores
 from .block import Feed, Solved
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 _CODE_RATE = 5e-3
 _SCALE_RATE = 1e-3
 _BETAS = (0.9, 0.95)  # some dozens of steps: a long memory would never forget the first ones
+_HELD_OUT = 8  # every eighth batch is not tuned on, and decides whether tuning has been of use
 
 
 @dataclass
@@ -35,14 +37,21 @@ class _Tuned:
     solved: Solved
     codes: Tensor  # [N, K] fp32
     factors: Tensor  # [N, G] fp32
+    zeros: Tensor  # [N, K] fp32
+    together: int  # inputs of a group that lie together; 0 if scattered
     highest: int
 
     @classmethod
     def start(cls, solved: Solved, unrounded: Tensor, bits: int) -> _Tuned:
+        solution = solved.solution
+        size = int((solution.g_idx == 0).sum())
+        contiguous = trivial_g_idx(len(solution.g_idx), size, unrounded.device)
         return cls(
             solved,
             unrounded.to(torch.float32).requires_grad_(True),
-            torch.ones_like(solved.solution.scales).requires_grad_(True),
+            torch.ones_like(solution.scales).requires_grad_(True),
+            solution.zeros[:, solution.g_idx].to(torch.float32),
+            size if torch.equal(solution.g_idx, contiguous) else 0,
             (1 << bits) - 1,
         )
 
@@ -50,8 +59,12 @@ class _Tuned:
         solution = self.solved.solution
         codes = self.codes.clamp(0, self.highest)
         codes = codes + (codes.round() - codes).detach()
-        scales = (solution.scales * self.factors)[:, solution.g_idx]
-        return (codes - solution.zeros[:, solution.g_idx]) * scales
+        scales = solution.scales * self.factors
+        if self.together:  # the gradient of an index takes many times as long
+            scales = scales.repeat_interleave(self.together, 1)[:, : codes.shape[1]]
+        else:
+            scales = scales[:, solution.g_idx]
+        return (codes - self.zeros) * scales
 
     def unchanged(self) -> Solved:
         return replace(self.solved, solution=replace(self.solved.solution, unrounded=None))
@@ -78,9 +91,12 @@ def tune_block(
     """Give better integers for a block's linears, and leave their weights in the block.
 
     The block runs in fp32.  One batch is one step.  GPTQ's integers stay where the tuned ones are
-    no better.
+    no better on the batches that are held out, or on all where there are few.
     """
     run = _Fp32Run(block, feed, wanted)
+    held_out = range(_HELD_OUT - 1, len(wanted), _HELD_OUT)
+    learnt = [i for i in range(len(wanted)) if i not in held_out]
+    judged = held_out or learnt
     tuned = [
         _Tuned.start(solved, solved.solution.unrounded, bits[solved.name])
         for solved in done
@@ -91,20 +107,20 @@ def tune_block(
         {"params": [x.factors for x in tuned], "lr": _SCALE_RATE},
     ]
     optimizer = torch.optim.Adam(groups, betas=_BETAS)
-    total = epochs * len(wanted)
+    total = epochs * len(learnt)
     falling = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: (1 + math.cos(math.pi * step / total)) / 2
     )
     with tensor_cores():
-        before = run.mean({x.solved.name: x.solved.solution.dequantize() for x in tuned})
+        before = run.mean({x.solved.name: x.solved.solution.dequantize() for x in tuned}, judged)
         with torch.enable_grad():
-            for i in _shuffled(len(wanted), epochs):
+            for i in _shuffled(learnt, epochs):
                 optimizer.zero_grad()
                 run.distance(i, {x.solved.name: x.weight() for x in tuned}).backward()
                 optimizer.step()
                 falling.step()
         finished = {x.solved.name: x.finish(torch.float16) for x in tuned}
-        after = run.mean({name: x.solution.dequantize() for name, x in finished.items()})
+        after = run.mean({name: x.solution.dequantize() for name, x in finished.items()}, judged)
     logger.debug("Tuning changed the block's error from %g to %g.", before, after)
     if not after < before:
         finished = {x.solved.name: x.unchanged() for x in tuned}
@@ -146,9 +162,9 @@ class _Fp32Run:
         return mean
 
     @torch.no_grad()
-    def mean(self, weights: Mapping[str, Tensor]) -> float:
-        """Give the mean error of all batches."""
-        errors = [self.distance(i, weights) for i in range(len(self._wanted))]
+    def mean(self, weights: Mapping[str, Tensor], batches: Sequence[int]) -> float:
+        """Give the mean error of some batches."""
+        errors = [self.distance(i, weights) for i in batches]
         return float(torch.stack(errors).mean())
 
     def _as_own(self, name: str, weight: Tensor) -> Tensor:
@@ -156,7 +172,8 @@ class _Fp32Run:
         return weight.t() if hasattr(self._block.get_submodule(name), "nf") else weight
 
 
-def _shuffled(count: int, epochs: int) -> Iterator[int]:
+def _shuffled(batches: Sequence[int], epochs: int) -> Iterator[int]:
     generator = torch.Generator().manual_seed(0)
     for _ in range(epochs):
-        yield from torch.randperm(count, generator=generator).tolist()
+        for i in torch.randperm(len(batches), generator=generator).tolist():
+            yield batches[i]
