@@ -101,6 +101,7 @@ def test_scales_reach_the_inputs_of_their_groups(static_groups: bool) -> None:
     )
     x = torch.randn(512, 80) * torch.linspace(2, 0.1, 80)[torch.randperm(80)]
     solution = solve(torch.randn(16, 80), x.t() @ x / 512, options)
+    assert solution.unrounded is not None
     tuned = tuning._Tuned.start(Solved("a", solution, 0.0, 512, 0.0), solution.unrounded, 4)
     assert tuned.together == (32 if static_groups else 0)
     assert torch.equal(tuned.weight(), solution.dequantize())
