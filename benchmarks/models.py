@@ -37,7 +37,7 @@ class Training:
     length: int = 512
 
 
-TRAININGS = {"cpu": Training(192, 4, 600, 8), "cuda": Training(384, 8, 2400, 64)}
+TRAININGS = {"cpu": Training(192, 4, 600, 8), "cuda": Training(384, 8, 1600, 64)}
 
 
 def smollm2(folder: Path, gguf: Path | None, device: str) -> tuple[Any, Any]:

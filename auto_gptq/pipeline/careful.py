@@ -17,7 +17,7 @@ def solve_carefully(
     hessian: Tensor,  # [K, K] mean over the tokens
     tokens: int,
     options: SolverOptions,
-    pull: Tensor | None = None,  # [N, K], see Hessian.pull
+    pull: Tensor | None = None,  # [2, N, K], see Hessian.pull
     parts: int = 1,
 ) -> tuple[Solution, str]:
     """Solve one matrix; say what was done otherwise than asked for, or nothing.

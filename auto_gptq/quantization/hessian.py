@@ -41,8 +41,9 @@ class Hessian:
         self.total = torch.zeros(size, size, dtype=torch.float32, device=device)
         self.tokens = 0
         self._is_lower = False  # only the lower triangle of `total` counts
-        self._drift: Tensor | None = None  # [size, size] sum of (exact x - x) xᵀ
-        self._gap: Tensor | None = None  # [outputs, size] sum of gap xᵀ
+        # Sums over two halves of the tokens: what is chance in one half, the other does not tell.
+        self._drift: Tensor | None = None  # [2, size, size] of (exact x - x) xᵀ
+        self._gap: Tensor | None = None  # [2, outputs, size] of gap xᵀ
         self._drift_tokens = 0
 
     def add(
@@ -57,10 +58,10 @@ class Hessian:
         self.tokens += rows.shape[0]
         if exact is not None:
             # Numbers that near each other are subtracted without rounding.
-            self._drift = _plus(self._drift, _rows(exact, keep) - rows, rows)
+            self._drift = _halves(self._drift, _rows(exact, keep) - rows, rows)
             self._drift_tokens += rows.shape[0]
             if gap is not None:
-                self._gap = _plus(self._gap, _rows(gap, keep), rows)
+                self._gap = _halves(self._gap, _rows(gap, keep), rows)
         if rows.is_cuda and rows.dtype.itemsize == _HALF:
             self._add_on_tensor_cores(rows)
         else:
@@ -103,23 +104,26 @@ class Hessian:
         :param add_others: adds to a tensor, in place, that of all other processes
         """
         add_others(self.total)
-        outputs = 0 if self._gap is None else len(self._gap)
+        outputs = 0 if self._gap is None else self._gap.shape[1]
         numbers = [self.tokens, self._drift_tokens, outputs, outputs > 0]
         counts = torch.tensor(numbers, device=self.total.device)
         add_others(counts)
         self.tokens, self._drift_tokens, outputs, having = (int(count) for count in counts)
         if with_drift and self._drift_tokens:
-            self._drift = torch.zeros_like(self.total) if self._drift is None else self._drift
+            size = len(self.total)
+            if self._drift is None:
+                self._drift = self.total.new_zeros(2, size, size)
             add_others(self._drift)
             if having:  # any of them
                 if self._gap is None:
-                    self._gap = self.total.new_zeros(outputs // having, len(self.total))
+                    self._gap = self.total.new_zeros(2, outputs // having, size)
                 add_others(self._gap)
 
     def pull(self, weight: Tensor) -> Tensor | None:
-        """Give ``[outputs, size]`` fp32, the mean of ``(wanted - W x) xᵀ``; None without exact x.
+        """Give ``[2, outputs, size]`` fp32 that adds up to the mean of ``(wanted - W x) xᵀ``.
 
-        Wanted is what the full-precision model puts out, ``W (exact x)``, plus the gap.
+        Wanted is what the full-precision model puts out, ``W (exact x)``, plus the gap.  Each half
+        of the tokens has a sum of its own.  None without exact x.
         """
         if self._drift is None:
             return None
@@ -133,13 +137,17 @@ def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return one if other is None else other if one is None else one.add_(other)
 
 
-def _plus(total: Tensor | None, left: Tensor, rows: Tensor) -> Tensor:
-    """Add ``leftᵀ rows``, summed in fp32."""
-    if rows.is_cuda and rows.dtype.itemsize == _HALF:
-        product = torch.mm(left.t(), rows, out_dtype=torch.float32)
-    else:
-        product = left.to(torch.float32).t() @ rows.to(torch.float32)
-    return product if total is None else total.add_(product)
+def _halves(total: Tensor | None, left: Tensor, rows: Tensor) -> Tensor:
+    """Add ``leftᵀ rows`` of the first and of the other half of the rows, summed in fp32."""
+    if total is None:
+        total = left.new_zeros(2, left.shape[1], rows.shape[1], dtype=torch.float32)
+    middle = len(rows) // 2
+    for half, part in zip(total, (slice(middle), slice(middle, None)), strict=True):
+        if rows.is_cuda and rows.dtype.itemsize == _HALF:
+            half.add_(torch.mm(left[part].t(), rows[part], out_dtype=torch.float32))
+        else:
+            half.addmm_(left[part].to(torch.float32).t(), rows[part].to(torch.float32))
+    return total
 
 
 def _rows(x: Tensor, keep: Tensor | None) -> Tensor:

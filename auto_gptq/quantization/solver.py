@@ -37,7 +37,7 @@ class SolverOptions:
     static_groups: bool = False
     scale_search: bool = True  # fit ranges to the error they cause instead of min-max
     keep_unrounded: bool = False  # give the codes before rounding, too
-    correction: float = 0.0  # share of the pull that is followed
+    correction: float = 0.0  # share of what is certain in the pull that is followed
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def solve(
     weight: Tensor,  # [N, K] any float dtype
     hessian: Tensor,  # [K, K] fp32
     options: SolverOptions,
-    pull: Tensor | None = None,  # [N, K] fp32, see Hessian.pull
+    pull: Tensor | None = None,  # [2, N, K] fp32, see Hessian.pull
     parts: int = 1,
 ) -> Solution:
     """Quantize one layer.
@@ -172,17 +172,26 @@ def _processing_order(hessian: Tensor, act_order: bool) -> Tensor:
 
 
 def _shift(
-    pull: Tensor,  # [N, K]
+    pull: Tensor,  # [2, N, K]
     order: Tensor,  # [K]
     inverse: Tensor,  # [K, K] the factor U in processing order
 ) -> Tensor:  # [N, K]
-    """Give the change of the weight that meets a pull.
+    """Give the change of the weight that meets a pull, as far as that is certain.
 
     With ``D = wanted - W X``, ``‖W X + D - Q X‖²`` is ``(W* - Q) H (W* - Q)ᵀ`` plus what does not
     depend on Q, where ``W* = W + (D Xᵀ) H⁻¹``.  Here ``(H + damping)⁻¹ = Uᵀ U``.
+
+    ``D Xᵀ Uᵀ`` is a sum of what holds for all tokens and of white noise, the less the more tokens.
+    The noise of two halves of the tokens is independent, so that their product estimates the power
+    of the first part, and its share of the whole is the factor that is best in the mean square.
     """
-    shift = torch.empty_like(pull)
-    shift[:, order] = pull[:, order] @ inverse.t() @ inverse
+    white = pull[..., order] @ inverse.t()
+    whole = white.sum(0)
+    certain = 4 * (white[0] * white[1]).sum(1, keepdim=True)
+    power = whole.square().sum(1, keepdim=True)
+    share = (certain / torch.where(power > 0, power, 1.0)).clamp(0, 1)
+    shift = torch.empty_like(whole)
+    shift[:, order] = (share * whole) @ inverse
     return shift
 
 

@@ -37,6 +37,7 @@ def test_a_tuned_model_is_nearer_to_the_full_precision_model(
     """On the rows that it was tuned on: a random model's are too few to say more."""
     monkeypatch.setitem(pipeline._TOKENS_AT_ONCE, "cpu", 512)  # so that there are many steps
     monkeypatch.setattr("auto_gptq.pipeline.tuning._CODE_RATE", 1e-3)
+    monkeypatch.setattr(tuning, "_HELD_OUT", 100)
     model = tiny_model(model_type, torch.float32)
     rows = torch.randint(2, 256, (64, 64))
     with torch.no_grad():
