@@ -22,7 +22,7 @@ from transformers import (
 from auto_gptq.evaluation.smollm2 import unpack_smollm2
 
 _VOCABULARY = 4096
-_CHARACTERS = 64_000_000  # of Python to learn from, at most
+_CHARACTERS = 24_000_000  # of Python to learn from, at most
 _FOR_TOKENIZER = 4_000_000  # of them
 
 
@@ -37,7 +37,7 @@ class Training:
     length: int = 512
 
 
-TRAININGS = {"cpu": Training(192, 4, 600, 8), "cuda": Training(384, 8, 1600, 64)}
+TRAININGS = {"cpu": Training(192, 4, 600, 8), "cuda": Training(384, 8, 800, 64)}
 
 
 def smollm2(folder: Path, gguf: Path | None, device: str) -> tuple[Any, Any]:

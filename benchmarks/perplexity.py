@@ -53,10 +53,11 @@ _PRESETS = ("compatible", "default", "best")
 RUNS = [
     *(Run(preset, bits) for bits in (4, 3) for preset in _PRESETS),
     *(Run(preset, bits, text="source code") for bits in (4, 3) for preset in _PRESETS[:2]),
-    *(Run(preset, 2) for preset in _PRESETS[:2]),
+    *(Run(preset, 2) for preset in _PRESETS),
     *(Run(preset, bits, {"sym": False}) for bits in (4, 3, 2) for preset in _PRESETS[:2]),
     *(Run(preset, 8) for preset in _PRESETS[:2]),
     *(Run(preset, bits, rows=8) for bits in (4, 3) for preset in _PRESETS[:2]),
+    *(Run("default", bits, {"tuning_epochs": 3}) for bits in (4, 3)),
     Run("compatible", changes={"desc_act": False}),
     Run("default", changes={"correction": 0.0}),
     Run("default", changes={"signed_scales": False}),
@@ -64,7 +65,6 @@ RUNS = [
     Run("default", changes={"desc_act": False}),
     Run("default", changes={"damp_percent": 0.01}),
     *(Run("best", bits, text="source code") for bits in (4, 3)),
-    Run("best", 2),
 ]
 
 

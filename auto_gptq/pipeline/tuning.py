@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 # Steps of Adam at the start, in codes and as shares of the scales; they fall to 0 by a cosine.
 _CODE_RATE = 5e-3
 _SCALE_RATE = 1e-3
-_BETAS = (0.9, 0.95)  # some dozens of steps: a long memory would never forget the first ones
+BETAS = (0.9, 0.95)  # some dozens of steps: a long memory would never forget the first ones
 _HELD_OUT = 8  # every eighth batch is not tuned on, and decides whether tuning has been of use
 
 
@@ -38,20 +38,18 @@ class _Tuned:
     codes: Tensor  # [N, K] fp32
     factors: Tensor  # [N, G] fp32
     zeros: Tensor  # [N, K] fp32
-    together: int  # inputs of a group that lie together; 0 if scattered
+    together: int  # see inputs_together
     highest: int
 
     @classmethod
     def start(cls, solved: Solved, unrounded: Tensor, bits: int) -> _Tuned:
         solution = solved.solution
-        size = int((solution.g_idx == 0).sum())
-        contiguous = trivial_g_idx(len(solution.g_idx), size, unrounded.device)
         return cls(
             solved,
             unrounded.to(torch.float32).requires_grad_(True),
             torch.ones_like(solution.scales).requires_grad_(True),
             solution.zeros[:, solution.g_idx].to(torch.float32),
-            size if torch.equal(solution.g_idx, contiguous) else 0,
+            inputs_together(solution.g_idx),
             (1 << bits) - 1,
         )
 
@@ -59,11 +57,7 @@ class _Tuned:
         solution = self.solved.solution
         codes = self.codes.clamp(0, self.highest)
         codes = codes + (codes.round() - codes).detach()
-        scales = solution.scales * self.factors
-        if self.together:  # the gradient of an index takes many times as long
-            scales = scales.repeat_interleave(self.together, 1)[:, : codes.shape[1]]
-        else:
-            scales = scales[:, solution.g_idx]
+        scales = spread(solution.scales * self.factors, solution.g_idx, self.together)
         return (codes - self.zeros) * scales
 
     def unchanged(self) -> Solved:
@@ -94,9 +88,7 @@ def tune_block(
     no better on the batches that are held out, or on all where there are few.
     """
     run = _Fp32Run(block, feed, wanted)
-    held_out = range(_HELD_OUT - 1, len(wanted), _HELD_OUT)
-    learnt = [i for i in range(len(wanted)) if i not in held_out]
-    judged = held_out or learnt
+    learnt, judged = held_out(len(wanted))
     tuned = [
         _Tuned.start(solved, solved.solution.unrounded, bits[solved.name])
         for solved in done
@@ -106,7 +98,7 @@ def tune_block(
         {"params": [x.codes for x in tuned], "lr": _CODE_RATE},
         {"params": [x.factors for x in tuned], "lr": _SCALE_RATE},
     ]
-    optimizer = torch.optim.Adam(groups, betas=_BETAS)
+    optimizer = torch.optim.Adam(groups, betas=BETAS)
     total = epochs * len(learnt)
     falling = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: (1 + math.cos(math.pi * step / total)) / 2
@@ -114,7 +106,7 @@ def tune_block(
     with tensor_cores():
         before = run.mean({x.solved.name: x.solved.solution.dequantize() for x in tuned}, judged)
         with torch.enable_grad():
-            for i in _shuffled(learnt, epochs):
+            for i in shuffled(learnt, epochs):
                 optimizer.zero_grad()
                 run.distance(i, {x.solved.name: x.weight() for x in tuned}).backward()
                 optimizer.step()
@@ -172,7 +164,32 @@ class _Fp32Run:
         return weight.t() if hasattr(self._block.get_submodule(name), "nf") else weight
 
 
-def _shuffled(batches: Sequence[int], epochs: int) -> Iterator[int]:
+def held_out(batches: int) -> tuple[list[int], list[int]]:
+    """Part batches into those to learn from and those to judge by; the same ones if few."""
+    judged = range(_HELD_OUT - 1, batches, _HELD_OUT)
+    learnt = [i for i in range(batches) if i not in judged]
+    return learnt, list(judged) or learnt
+
+
+def inputs_together(g_idx: Tensor) -> int:
+    """Give how many inputs a group has, or 0 if they are scattered."""
+    size = int((g_idx == 0).sum())
+    return size if torch.equal(g_idx, trivial_g_idx(len(g_idx), size, g_idx.device)) else 0
+
+
+def spread(
+    groups: Tensor,  # [N, G]
+    g_idx: Tensor,  # [K]
+    together: int,  # see inputs_together
+) -> Tensor:  # [N, K]
+    """Give every input what its group has."""
+    if not together:
+        return groups[:, g_idx]
+    # The gradient of an index takes many times as long.
+    return groups.repeat_interleave(together, 1)[:, : len(g_idx)]
+
+
+def shuffled(batches: Sequence[int], epochs: int) -> Iterator[int]:
     generator = torch.Generator().manual_seed(0)
     for _ in range(epochs):
         for i in torch.randperm(len(batches), generator=generator).tolist():

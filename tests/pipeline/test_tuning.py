@@ -43,7 +43,7 @@ def test_a_tuned_model_is_nearer_to_the_full_precision_model(
     with torch.no_grad():
         wanted = model(rows).logits
     config = BaseQuantizeConfig.preset("default", 3, 32, sym=sym)
-    tuned = BaseQuantizeConfig.preset("best", 3, 32, sym=sym, tuning_epochs=10)
+    tuned = BaseQuantizeConfig.preset("default", 3, 32, sym=sym, tuning_epochs=10)
     before, after = (logits_after(model, c, rows) for c in (config, tuned))
     assert (after - wanted).norm() < 0.99 * (before - wanted).norm()
 
@@ -51,7 +51,9 @@ def test_a_tuned_model_is_nearer_to_the_full_precision_model(
 def test_what_is_tuned_is_what_is_stored() -> None:
     """The block goes on with the weights that the packed integers stand for."""
     model = tiny_model(dtype=torch.float16)
-    wrapper = BaseGPTQForCausalLM(model, False, BaseQuantizeConfig.preset("best", 4, 32))
+    wrapper = BaseGPTQForCausalLM(
+        model, False, BaseQuantizeConfig.preset("default", 4, 32, tuning_epochs=3)
+    )
     wrapper.quantize(torch.randint(2, 256, (16, 64)), batch_size=4)
     layers = [m for m in wrapper.modules() if isinstance(m, QuantLinear)]
     assert len(layers) == 14
@@ -79,7 +81,9 @@ def test_a_negative_number_of_epochs_is_refused() -> None:
 def test_integers_are_judged_by_tokens_that_they_were_not_tuned_on() -> None:
     """With 8 batches or more one is held out; tuning that only learns the others by heart loses."""
     model, rows = tiny_model(dtype=torch.float32), torch.randint(2, 256, (64, 16))
-    wrapper = BaseGPTQForCausalLM(model, False, BaseQuantizeConfig.preset("best", 3, 32))
+    wrapper = BaseGPTQForCausalLM(
+        model, False, BaseQuantizeConfig.preset("default", 3, 32, tuning_epochs=3)
+    )
     seen: list[list[int]] = []
     mean = tuning._Fp32Run.mean
 
