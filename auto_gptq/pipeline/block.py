@@ -143,7 +143,7 @@ def _solve_stacked(
     notes: list[str] = []
 
     def of_rows(rows: slice) -> Solution:
-        pulled = None if pull is None else pull[:, rows]
+        pulled = None if pull is None else pull.rows(rows)
         found, note = solve_carefully(
             tall[rows], mean, hessian.tokens, options, pulled, ranks.row_parts
         )

@@ -28,6 +28,21 @@ _SOLVED_DIRECTLY = 256
 _STRIPES = 6
 _ALIGNED = 128  # stripes that start elsewhere get a kernel of half the speed
 _HALF = 2  # bytes of a 16-bit number
+SAMPLED = 8  # of so many outputs one tells how much of a pull is chance
+
+
+@dataclass(frozen=True)
+class Pull:
+    """Where the full-precision model's outputs pull those of a layer."""
+
+    whole: Tensor  # [N, K] fp32, see Hessian.pull
+    # Of every so many-th output: the sum over one half of the tokens less that over the other.
+    doubt: Tensor  # [ceil(N / SAMPLED), K] fp32
+
+    def rows(self, part: slice) -> Pull:
+        """Give the part of some outputs, from a multiple of SAMPLED on."""
+        start, stop = part.start or 0, part.stop
+        return Pull(self.whole[part], self.doubt[start // SAMPLED : -(-stop // SAMPLED)])
 
 
 class Hessian:
@@ -119,18 +134,20 @@ class Hessian:
                     self._gap = self.total.new_zeros(2, outputs // having, size)
                 add_others(self._gap)
 
-    def pull(self, weight: Tensor) -> Tensor | None:
-        """Give ``[2, outputs, size]`` fp32 that adds up to the mean of ``(wanted - W x) xᵀ``.
+    def pull(self, weight: Tensor) -> Pull | None:
+        """Give the mean of ``(wanted - W x) xᵀ``; None without exact x.
 
-        Wanted is what the full-precision model puts out, ``W (exact x)``, plus the gap.  Each half
-        of the tokens has a sum of its own.  None without exact x.
+        Wanted is what the full-precision model puts out, ``W (exact x)``, plus the gap.
         """
         if self._drift is None:
             return None
-        pull = weight @ self._drift
-        if self._gap is not None and self._gap.shape == pull.shape:
-            pull += self._gap
-        return pull / max(self._drift_tokens, 1)
+        some = weight[::SAMPLED]
+        whole, doubt = weight @ self._drift.sum(0), some @ (self._drift[0] - self._drift[1])
+        if self._gap is not None and self._gap.shape[1:] == weight.shape:
+            whole += self._gap.sum(0)
+            doubt += self._gap[0, ::SAMPLED] - self._gap[1, ::SAMPLED]
+        tokens = max(self._drift_tokens, 1)
+        return Pull(whole / tokens, doubt / tokens)
 
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import NumericsError
 from ..formats.gptq import trivial_g_idx
 from ..formats.grid import Grid, GridRule
 from ..kernels import gpu, ops
-from .hessian import factorize
+from .hessian import SAMPLED, Pull, factorize
 from .precision import tensor_cores
 
 # Columns treated one by one before their common error goes to the others in one matrix product.
@@ -75,7 +76,7 @@ def solve(
     weight: Tensor,  # [N, K] any float dtype
     hessian: Tensor,  # [K, K] fp32
     options: SolverOptions,
-    pull: Tensor | None = None,  # [2, N, K] fp32, see Hessian.pull
+    pull: Pull | None = None,
     parts: int = 1,
 ) -> Solution:
     """Quantize one layer.
@@ -96,7 +97,7 @@ def solve(
     order = _processing_order(hessian, options.act_order)
     factor = factorize(hessian[order][:, order], options.damp_percent)
     if pull is not None and options.correction:
-        if not torch.isfinite(pull).all():
+        if not torch.isfinite(pull.whole).all():
             raise NumericsError(
                 "The full-precision model's activations hold NaN or infinity. If it runs in "
                 "float16, load it with torch_dtype=torch.bfloat16 or torch.float32."
@@ -172,7 +173,7 @@ def _processing_order(hessian: Tensor, act_order: bool) -> Tensor:
 
 
 def _shift(
-    pull: Tensor,  # [2, N, K]
+    pull: Pull,
     order: Tensor,  # [K]
     inverse: Tensor,  # [K, K] the factor U in processing order
 ) -> Tensor:  # [N, K]
@@ -180,19 +181,32 @@ def _shift(
 
     With ``D = wanted - W X``, ``‖W X + D - Q X‖²`` is ``(W* - Q) H (W* - Q)ᵀ`` plus what does not
     depend on Q, where ``W* = W + (D Xᵀ) H⁻¹``.  Here ``(H + damping)⁻¹ = Uᵀ U``.
-
-    ``D Xᵀ Uᵀ`` is a sum of what holds for all tokens and of white noise, the less the more tokens.
-    The noise of two halves of the tokens is independent, so that their product estimates the power
-    of the first part, and its share of the whole is the factor that is best in the mean square.
     """
-    white = pull[..., order] @ inverse.t()
-    whole = white.sum(0)
-    certain = 4 * (white[0] * white[1]).sum(1, keepdim=True)
-    power = whole.square().sum(1, keepdim=True)
-    share = (certain / torch.where(power > 0, power, 1.0)).clamp(0, 1)
-    shift = torch.empty_like(whole)
-    shift[:, order] = (share * whole) @ inverse
+    white = pull.whole[:, order] @ inverse.t()
+    share = _certain(white[::SAMPLED], pull.doubt[:, order] @ inverse.t())
+    share = share.repeat_interleave(_ROWS_TOGETHER)[: len(white), None]
+    shift = torch.empty_like(white)
+    shift[:, order] = (share * white) @ inverse
     return shift
+
+
+def _certain(
+    white: Tensor,  # [S, K] D Xᵀ Uᵀ of every so many-th output
+    doubt: Tensor,  # [S, K] the same of one half of the tokens less the other
+) -> Tensor:  # [ceil(S * SAMPLED / 64)]
+    """Give the share of the power of ``D Xᵀ Uᵀ`` that is no chance, per 64 outputs.
+
+    It is a sum of what holds for all tokens and of white noise, the less the more tokens.  Between
+    the two halves only the noise differs, by as much as there is in both together.  A share of the
+    power is the factor that is best in the mean square (Wiener's filter).
+    """
+    power, noise = (
+        F.pad(part.square().sum(1), (0, -len(part) % (_ROWS_TOGETHER // SAMPLED)))
+        .view(-1, _ROWS_TOGETHER // SAMPLED)
+        .sum(1)
+        for part in (white, doubt)
+    )
+    return 1 - (noise / torch.where(power > 0, power, 1.0)).clamp(0, 1)
 
 
 def _fit_groups(

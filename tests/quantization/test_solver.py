@@ -6,7 +6,7 @@ from torch import Tensor
 
 from auto_gptq.errors import NumericsError
 from auto_gptq.formats.grid import GridRule
-from auto_gptq.quantization.hessian import Hessian, factorize, invert_upper
+from auto_gptq.quantization.hessian import Hessian, Pull, factorize, invert_upper
 from auto_gptq.quantization.solver import (
     SolverOptions,
     round_to_nearest,
@@ -136,7 +136,7 @@ def test_what_few_tokens_say_by_chance_is_not_followed() -> None:
     options = SolverOptions(GridRule(8), 32, 1e-4, static_groups=True, correction=1.0)
     pull = hessian.pull(weight)
     assert pull is not None
-    followed = pull.sum(0) @ torch.linalg.inv(hessian.mean())  # all that it says
+    followed = pull.whole @ torch.linalg.inv(hessian.mean())  # all that it says
     careful = solve(weight, hessian.mean(), options, pull).dequantize()
 
     def missed(changed: Tensor) -> float:
@@ -206,7 +206,7 @@ def test_nan_and_infinity_are_refused(bad: float) -> None:
         solve(weight, hessian.index_fill(0, torch.tensor([5]), bad), options)
     with pytest.raises(NumericsError, match="full-precision model's activations"):
         corrected = dataclasses.replace(options, correction=0.5)
-        solve(weight, hessian, corrected, torch.full_like(weight, bad))
+        solve(weight, hessian, corrected, Pull(torch.full_like(weight, bad), weight[::8]))
     weight[1, 2] = bad
     with pytest.raises(NumericsError, match="weight holds NaN or infinity"):
         solve(weight, hessian, options)
