@@ -114,6 +114,7 @@ def main() -> None:
     arguments.add_argument("--evaluation", type=int, default=92)
     arguments.add_argument("--length", type=int, default=512)
     arguments.add_argument("--group-size", type=int, default=128)
+    arguments.add_argument("--bits", type=int, help="of all runs; every width if absent")
     arguments.add_argument("--runs", type=int, default=len(RUNS))
     arguments.add_argument("--seconds", type=float, default=math.inf, help="begin no run after it")
     arguments.add_argument("--results", type=Path, help="folder for the JSON file")
@@ -141,13 +142,14 @@ def main() -> None:
         "evaluation": {kind: list(evaluation.shape) for kind, (_, evaluation) in texts.items()},
         "texts": options.data.name if options.data else "of the running Python",
     }
-    for run in RUNS[: options.runs]:
+    name = f"perplexity-{options.model}-{device}" + (f"-{options.bits}bit" if options.bits else "")
+    for run in [run for run in RUNS if options.bits in (None, run.bits)][: options.runs]:
         if time.perf_counter() - started > options.seconds:
             break
         rows.append(measure(model, run, texts, options.group_size))
         print(rows[-1], flush=True)
         content = {"settings": settings, "rows": rows}
-        save(f"perplexity-{options.model}-{device}", content, options.results)
+        save(name, content, options.results)
     print(table(rows))
 
 
