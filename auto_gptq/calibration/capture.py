@@ -136,13 +136,28 @@ def capture_head(
 
     handle = head.register_forward_pre_hook(note)
     try:
-        with _forwards_replaced(blocks, stand_in):
+        with forwards_replaced(blocks, stand_in):
             for index in range(len(batches)):
                 batch = batches[index]
                 with suppress(_Reached):
                     model(**model_inputs(model, batch, device))
     finally:
         handle.remove()
+
+
+def after_blocks(
+    model: nn.Module, blocks: Sequence[nn.Module], batch: Batch, hidden: Tensor, outputs: int
+) -> Any:
+    """Give what the model puts out where its last block gives these hidden states.
+
+    :param outputs: see :class:`Captured`
+    """
+
+    def stand_in(_index: int, _forward: Any) -> Any:
+        return lambda *_args, **_kwargs: _put_out(hidden, outputs)
+
+    with forwards_replaced(blocks, stand_in):
+        return model(**model_inputs(model, batch, hidden.device))
 
 
 @contextmanager
@@ -166,7 +181,7 @@ def _recording(blocks: Sequence[nn.Module], result: Captured) -> Iterator[None]:
 
         return note
 
-    with _forwards_replaced(blocks, recorder):
+    with forwards_replaced(blocks, recorder):
         yield
 
 
@@ -176,7 +191,7 @@ def _put_out(hidden: Tensor, outputs: int) -> Any:
 
 
 @contextmanager
-def _forwards_replaced(
+def forwards_replaced(
     blocks: Sequence[nn.Module], make: Callable[[int, Any], Any]
 ) -> Iterator[None]:
     """Give each block, on the instance, the forward that ``make(index, its own)`` returns."""

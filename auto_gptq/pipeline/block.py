@@ -17,7 +17,7 @@ from ..calibration.activations import Activations
 from ..calibration.capture import BlockCall
 from ..errors import NumericsError
 from ..nn_modules.qlinear.linear import dense_weight
-from ..quantization.hessian import Hessian
+from ..quantization.hessian import Hessian, Pull
 from ..quantization.precision import tensor_cores
 from ..quantization.solver import Solution, SolverOptions, by_parts, is_finite
 from .careful import solve_carefully
@@ -145,7 +145,10 @@ def _solve_stacked(
         parts, pull = ranks.row_parts, None
         if options.correction and hessian.is_compared:
             with tensor_cores():
-                pull = by_parts(lambda part: hessian.pull(tall, part), rows, parts)
+                pull = Pull(
+                    by_parts(lambda part: hessian.pull(tall, part), rows, parts),
+                    by_parts(lambda part: hessian.doubt(tall, part), rows, parts),
+                )
         found, note = solve_carefully(tall[rows], mean, hessian.tokens, options, pull, parts)
         notes.append(note)
         return found
