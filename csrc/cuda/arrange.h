@@ -21,4 +21,7 @@ inline int64_t arranged_bytes(const Product& product) {
 // Arrange x at the beginning of the workspace; the next kernel may start before this has ended.
 const char* arrange(const Product& product, cudaStream_t stream);
 
+// Write x with its inputs in the order of perm, [M, K] and otherwise as it is (sort_rows.cu).
+const char* sort_rows(const Product& product, void* to, cudaStream_t stream);
+
 }  // namespace auto_gptq

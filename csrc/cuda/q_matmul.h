@@ -21,3 +21,7 @@ int64_t auto_gptq_cuda_q_mma_bytes(const auto_gptq::Product* product);
 
 // sm_90 alone (q_wgmma_sm90.cu).
 const char* auto_gptq_cuda_q_wgmma(const auto_gptq::Product* product, void* stream);
+
+// Hundreds of rows of x and more, sm_90 alone (q_wide_sm90.cu).
+const char* auto_gptq_cuda_q_wide(const auto_gptq::Product* product, void* stream);
+int64_t auto_gptq_cuda_q_wide_bytes(const auto_gptq::Product* product);

@@ -18,7 +18,7 @@ def test_padded_shapes(shape: tuple[int, int], dtype: torch.dtype, device: torch
     settings = 4, 32, *shape
     _, tiled = random_weight(*settings, device)
     weight = exact_weight(tiled, settings)
-    for m in (18,) if device.type == "cpu" else (17, 32, 63, 65, 129, 200, 257, 520):
+    for m in (18,) if device.type == "cpu" else (17, 32, 63, 65, 129, 192, 200, 257, 520, 1100):
         x = torch.randn(m, shape[0], device=device).to(dtype)
         assert_as_good_as_plain(multiply(x, tiled, settings), x, weight)
 
@@ -33,7 +33,7 @@ def test_sums_of_many_inputs(bits: int, group_size: int) -> None:
     _, tiled = random_weight(*settings, device, act_order=group_size == 128)
     weight = exact_weight(tiled, settings)
     bias = torch.randn(n, device=device).half()
-    for m in (24, 64, 128, 300):
+    for m in (24, 64, 128, 300, 700):
         x = torch.randn(m, k, device=device).half()
         y = multiply(x, tiled, settings, bias)
         assert_as_good_as_plain(y, x, weight, bias)
@@ -42,20 +42,21 @@ def test_sums_of_many_inputs(bits: int, group_size: int) -> None:
 
 
 @pytest.mark.gpu
-def test_panels_of_the_weight() -> None:
-    """From 2048 rows on the dense weight exists 16 MiB at a time: here two panels and a part."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_thousands_of_rows(dtype: torch.dtype) -> None:
+    """Where no kernel takes x, as in fp32, the dense weight exists 32 MiB at a time: thrice."""
     device, k, n = torch.device("cuda"), 4096, 4992
-    for bits, act_order in ((4, False), (3, True)):
+    for bits, act_order in ((4, False), (4, True), (3, True)):
         settings = bits, 64, k, n
         _, tiled = random_weight(*settings, device, act_order=act_order)
-        x = torch.randn(2, 1030, k, device=device).bfloat16()
+        x = torch.randn(2, 1030, k, device=device, dtype=dtype)
         y = multiply(x, tiled, settings)
         assert y.is_contiguous()
         assert_as_good_as_plain(y, x, exact_weight(tiled, settings))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("m", [40, 200])
+@pytest.mark.parametrize("m", [40, 200, 600])
 def test_captured_products_of_many_rows(m: int) -> None:
     """Each kernel may start before the one in front, which arranges its x, has ended."""
     device, size = torch.device("cuda"), 1024
@@ -79,7 +80,7 @@ def test_captured_products_of_many_rows(m: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("m", [64, 150])
+@pytest.mark.parametrize("m", [64, 150, 800])
 def test_two_streams_of_many_rows(m: int) -> None:
     device, settings = torch.device("cuda"), (4, 128, 4096, 1024)
     pairs = []
