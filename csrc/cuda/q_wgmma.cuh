@@ -2,7 +2,7 @@
 //
 // A block computes its outputs for ROWS rows of x: the transposed product, so that the weight is the
 // operand that comes from registers, where its codes become numbers.  Four warps of producers keep a
-// ring of stages full, a stage being some tiles of arranged x (arrange.h), of codes and of grids.
+// ring of stages full, a stage being some tiles of arranged x (arrange.h), codes and grids.
 // A warpgroup of consumers has 64 outputs or twice as many; while the products of one tile run, it
 // decodes the next, into other registers.
 //
@@ -37,8 +37,8 @@ struct Layout {
   static constexpr int kConsumers = GROUPS * 128, kThreads = kConsumers + 128;
   static constexpr int kEights = TILES * ROWS / 8;  // quadruples of sums that a thread has
   // A multiprocessor has 64 Ki registers, a thread gets multiples of 8 at the start.
-  static constexpr int kGive = GROUPS == 2 ? 40 : 32;
-  static constexpr int kTake = GROUPS == 4 ? 112 : GROUPS == 3 ? 160 : 232;
+  static constexpr int kGive = GROUPS == 2 ? 40 : 56;
+  static constexpr int kTake = GROUPS == 4 ? 104 : GROUPS == 3 ? 152 : 232;
   static_assert(kUnits % 2 == 0);  // they take turns with two sets of registers
 };
 
@@ -75,35 +75,40 @@ struct Config : L {
 };
 
 struct Deal : Product {
-  int32_t rows, columns;         // of a block
-  int32_t m_blocks, n_blocks;    // results
-  int32_t depth, k_tiles;        // tiles of a stage, and in all
-  int32_t stages, all_stages;    // of a result, of all
-  int32_t blocks;                // that run
-  int32_t all_rows, n_pad;       // of arranged x, of scales
-  int32_t whole;                 // blocks take whole results
-  float4* parts;                 // [blocks + results - 1, eights, threads]
+  int32_t m_blocks, n_blocks;  // results
+  int32_t k_tiles;             // of the inputs
+  int32_t stages;              // of a result
+  int32_t blocks;              // that run
+  int32_t share, longer;       // stages of a block; the first `longer` have one more
+  int32_t all_rows, n_pad;     // of arranged x, of scales
+  int32_t whole;               // blocks take whole results in turn
+  float4* parts;               // [blocks + results - 1, eights, threads]
 
-  // Results next to each other share rows of x and tiles: eight of them have the same outputs.
-  __device__ __forceinline__ int2 place_of(int result) const {
-    const int band = result / (8 * n_blocks), inside = result % (8 * n_blocks);
-    const int height = min(m_blocks - band * 8, 8);
-    return make_int2((band * 8 + inside % height) * rows, inside / height * columns);
-  }
+  __device__ __forceinline__ int results() const { return m_blocks * n_blocks; }
 
-  // The first of the stages that are dealt to a block, and the block that has a stage.
+  // The first of the stages of all results that are dealt to a block, and the block of a stage.
   __device__ __forceinline__ int begin_of(int block) const {
-    return static_cast<int>(int64_t{all_stages} * block / blocks);
+    return block * share + min(block, longer);
   }
   __device__ __forceinline__ int block_of(int stage) const {
-    return static_cast<int>(((stage + int64_t{1}) * blocks - 1) / all_stages);
+    const int behind = stage - longer * (share + 1);
+    return behind < 0 ? stage / (share + 1) : longer + behind / share;
   }
 
-  // A block's part of a result: blocks and results only go up together.
+  // A block's part of a result: of blocks and results in their order, each step adds one.
   __device__ __forceinline__ float4* part_of(int block, int result, int size) const {
     return parts + int64_t{block + result} * size + threadIdx.x;
   }
 };
+
+// The first row of x and the first output of a result.  Results next to each other share rows of x
+// and tiles: eight of them have the same outputs.
+template <typename C>
+__device__ __forceinline__ int2 place_of_result(const Deal& p, int result) {
+  const int band = result / (8 * p.n_blocks), inside = result % (8 * p.n_blocks);
+  const int height = min(p.m_blocks - band * 8, 8);
+  return make_int2((band * 8 + inside % height) * C::kRows, inside / height * C::kColumns);
+}
 
 // A position in the ring, and the parity of its rounds.
 template <int STAGES>
@@ -175,7 +180,7 @@ struct Worker {
   template <typename Work>
   __device__ __forceinline__ void for_parts(const Work& work) const {
     const int block = blockIdx.x;
-    const int end = p.whole ? p.all_stages : p.begin_of(block + 1);
+    const int end = p.whole ? p.results() * p.stages : p.begin_of(block + 1);
     int stage = p.whole ? block * p.stages : p.begin_of(block);
     while (stage < end) {
       const int first = stage % p.stages, last = min(p.stages, first + end - stage);
@@ -184,90 +189,93 @@ struct Worker {
     }
   }
 
-  // Call copy(place, tile of the inputs, slot, barrier) for every stage once its slot is empty.
+  // Call copy(place, tile of the inputs, slot, barrier) for the stages whose turn it is, once their
+  // slots are empty.
   template <typename Copy>
-  __device__ __forceinline__ void fill(const Copy& copy) const {
+  __device__ __forceinline__ void fill(int turn, int turns, const Copy& copy) const {
     Cursor<C::kStages> at;
     for_parts([&](int result, int first, int last) {
-      const int2 place = p.place_of(result);
+      const int2 place = place_of_result<C>(p, result);
 #pragma unroll 1
       for (int stage = first; stage < last; ++stage) {
-        barrier_wait(empty + 8 * at.stage, at.parity ^ 1);
-        copy(place, stage * C::kDepth, at.stage, full + 8 * at.stage);
+        if (turn == 0) {
+          barrier_wait(empty + 8 * at.stage, at.parity ^ 1);
+          copy(place, stage * C::kDepth, at.stage, full + 8 * at.stage);
+          turn = turns;
+        }
+        --turn;
         at.advance();
       }
     });
   }
 
-  // One lane of each of four warps.
+  // One lane of each of four warps.  What belongs to weights takes so many instructions that one
+  // warp, beside those that decode, does not keep up: three take turns.
   __device__ __forceinline__ void produce(int warp) const {
     if (warp == 0) {
-      copy_x();
-    } else if (warp == 1) {
-      copy_grids();
+      wait_for_previous_kernel();  // which arranges x
+      fill(0, 1, [&](int2 place, int tile, int slot, uint32_t barrier) {
+        copy_x(place, tile, ring + slot * C::kStage, barrier);
+      });
     } else {
-      copy_tiles(warp - 2);
+      fill(warp - 1, 3, [&](int2 place, int tile, int slot, uint32_t barrier) {
+        copy_weight(place, tile, slot, barrier);
+      });
     }
   }
 
   // Behind the last inputs there are zeros of x, and any codes that happen to be there.
-  __device__ __forceinline__ void copy_x() const {
-    wait_for_previous_kernel();  // which arranges x
-    fill([&](int2 place, int tile, int slot, uint32_t barrier) {
-      const int rows = min(p.all_rows - place.x, C::kRows);
-      barrier_expect(barrier, C::kDepth * rows * 128);
+  __device__ __forceinline__ void copy_x(int2 place,
+                                         int tile,
+                                         uint32_t to,
+                                         uint32_t barrier) const {
+    const int rows = min(p.all_rows - place.x, C::kRows);
+    barrier_expect(barrier, C::kDepth * rows * 128);
+    const auto* from =
+        static_cast<const uint8_t*>(p.workspace) + (int64_t{tile} * p.all_rows + place.x) * 128;
 #pragma unroll
-      for (int d = 0; d < C::kDepth; ++d) {
-        bulk_copy(ring + slot * C::kStage + d * C::kX,
-                  static_cast<const uint8_t*>(p.workspace) +
-                      (int64_t{tile + d} * p.all_rows + place.x) * 128,
-                  rows * 128, barrier);
-      }
-    });
+    for (int d = 0; d < C::kDepth; ++d) {
+      bulk_copy(to, from, rows * 128, barrier);
+      to += C::kX;
+      from += int64_t{p.all_rows} * 128;
+    }
   }
 
-  // Every other 64 outputs.
-  __device__ __forceinline__ void copy_tiles(int odd) const {
-    fill([&](int2 place, int tile, int slot, uint32_t barrier) {
-      const int first = place.y / kSide + odd;
-      const int end = min(place.y + C::kColumns, p.n_pad) / kSide;
-      const uint32_t bytes = min(C::kDepth, p.k_tiles - tile) * C::kTile;
-      barrier_expect(barrier, (max(end - first, 0) + 1) / 2 * bytes);
-      uint32_t to = ring + slot * C::kStage + C::kDepth * C::kX + odd * C::kColumn;
-      const uint32_t* from =
-          p.weight.tiles + (int64_t{first} * p.k_tiles + tile) * (128 * C::kBits);
-#pragma unroll 1
-      for (int i = first; i < end; i += 2) {
-        bulk_copy(to, from, bytes, barrier);
-        to += 2 * C::kColumn;
-        from += int64_t{2} * p.k_tiles * (128 * C::kBits);
-      }
-    });
-  }
-
-  __device__ __forceinline__ void copy_grids() const {
+  __device__ __forceinline__ void copy_weight(int2 place,
+                                              int tile,
+                                              int slot,
+                                              uint32_t barrier) const {
+    const int columns = min(p.n_pad - place.y, C::kColumns), first = place.y / kSide;
+    const int bytes = min(C::kDepth, p.k_tiles - tile) * C::kTile;
     const int scale_bytes = C::kOwn ? 2 : scale_size();
-    fill([&](int2 place, int tile, int slot, uint32_t barrier) {
-      const int columns = min(p.n_pad - place.y, C::kColumns);
-      const bool zeros = !C::kOwn && p.weight.zeros;
-      barrier_expect(barrier, C::kDepth * C::kSpans * columns * (scale_bytes + zeros));
-      uint32_t to = ring + C::kGridsAt + slot * (C::kDepth * C::kGrid);
+    const bool zeros = !C::kOwn && p.weight.zeros;
+    barrier_expect(barrier, columns / kSide * bytes +
+                                C::kDepth * C::kSpans * columns * (scale_bytes + zeros));
+    uint32_t to = ring + slot * C::kStage + C::kDepth * C::kX;
+    const uint32_t* from = p.weight.tiles + (int64_t{first} * p.k_tiles + tile) * (128 * C::kBits);
 #pragma unroll 1
-      for (int i = 0; i < C::kDepth * C::kSpans; ++i) {
-        const int span = i % C::kSpans, input = (tile + i / C::kSpans) * kSide +
-                                                (C::kSpans == 1 ? 0 : input_of(span));
-        const int group = min(input / static_cast<int>(p.weight.group_size),
-                              static_cast<int>(p.weight.groups) - 1);
-        const int64_t from = int64_t{group} * p.n_pad + place.y;
-        bulk_copy(to + span * C::kSpan,
-                  static_cast<const uint8_t*>(p.weight.scales) + from * scale_bytes,
-                  columns * scale_bytes, barrier);
-        if (zeros) {
-          bulk_copy(to + C::kZeros + span * C::kColumns, p.weight.zeros + from, columns, barrier);
-        }
-        to += span == C::kSpans - 1 ? C::kGrid : 0;
+    for (int i = 0; i < columns; i += kSide) {
+      bulk_copy(to, from, bytes, barrier);
+      to += C::kColumn;
+      from += int64_t{p.k_tiles} * (128 * C::kBits);
+    }
+    to = ring + C::kGridsAt + slot * (C::kDepth * C::kGrid);
+#pragma unroll 1
+    for (int i = 0; i < C::kDepth * C::kSpans; ++i) {
+      const int span = i % C::kSpans;
+      const uint32_t input =
+          (tile + i / C::kSpans) * kSide + (C::kSpans == 1 ? 0 : input_of(span));
+      const uint32_t group = min(input / static_cast<uint32_t>(p.weight.group_size),
+                                 static_cast<uint32_t>(p.weight.groups) - 1);
+      const int64_t at = int64_t{group} * p.n_pad + place.y;
+      bulk_copy(to + span * C::kSpan,
+                static_cast<const uint8_t*>(p.weight.scales) + at * scale_bytes,
+                columns * scale_bytes, barrier);
+      if (zeros) {
+        bulk_copy(to + C::kZeros + span * C::kColumns, p.weight.zeros + at, columns, barrier);
       }
-    });
+      to += span == C::kSpans - 1 ? C::kGrid : 0;
+    }
   }
 
   __device__ __forceinline__ int input_of(int step) const {
@@ -338,7 +346,7 @@ struct Worker {
   __device__ __forceinline__ void finish(const float (&sums)[C::kTiles][C::kRows / 2],
                                          int result,
                                          bool complete) const {
-    const int2 place = p.place_of(result);
+    const int2 place = place_of_result<C>(p, result);
     float4* part = p.part_of(blockIdx.x, result, C::kEights * C::kConsumers);
 #pragma unroll
     for (int i = 0; i < C::kEights; ++i) {
@@ -406,7 +414,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) q_wgmma(const __grid_constant_
   const Worker<C> worker{p, ring, full, full + 8 * C::kStages};
   if (threadIdx.x == 0) {
     for (int s = 0; s < C::kStages; ++s) {
-      barrier_init(worker.full + 8 * s, 4);  // one lane of each of four producers
+      barrier_init(worker.full + 8 * s, 2);  // of x, of weights
       barrier_init(worker.empty + 8 * s, C::kConsumers / 32);
     }
     barriers_ready();
@@ -429,15 +437,15 @@ __global__ void __launch_bounds__(C::kThreads, 1) q_wgmma(const __grid_constant_
 template <typename C>
 __global__ void __launch_bounds__(C::kConsumers) add_parts(const __grid_constant__ Deal p) {
   let_next_kernel_start();
-  wait_for_previous_kernel();
   const int i = blockIdx.x % C::kEights, result = blockIdx.x / C::kEights;
   const int first = p.block_of(result * p.stages);
   const int last = p.block_of((result + 1) * p.stages - 1);
+  wait_for_previous_kernel();
   if (first == last) {
     return;
   }
   float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll 4
+#pragma unroll 8
   for (int block = first; block <= last; ++block) {
     const float4 part =
         __ldcg(p.part_of(block, result, C::kEights * C::kConsumers) + i * C::kConsumers);
@@ -446,7 +454,7 @@ __global__ void __launch_bounds__(C::kConsumers) add_parts(const __grid_constant
     sum.z += part.z;
     sum.w += part.w;
   }
-  store_eight<C>(p, p.place_of(result), i, sum);
+  store_eight<C>(p, place_of_result<C>(p, result), i, sum);
 }
 
 }  // namespace auto_gptq

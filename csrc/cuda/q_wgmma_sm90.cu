@@ -3,7 +3,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <array>
+#include <iterator>
 
 #include "arrange.h"
 #include "device.h"
@@ -13,35 +13,39 @@
 namespace auto_gptq {
 namespace {
 
-// The layouts, and what a stage of a block takes in each, in nanoseconds, measured on an H100.
+// The layouts, and what a stage costs a block of each, measured on an H100.
 using Rows32 = Layout<32, 4, 1, 2>;
 using Rows64 = Layout<64, 4, 1, 2>;
 using Rows128 = Layout<128, 2, 2, 2>;
 
 struct Cost {
-  int32_t rows, columns, depth, eights, threads, stage;
+  int32_t rows, columns, depth;
+  int64_t part;   // bytes
+  int64_t stage;  // nanoseconds
 };
 
 template <typename L>
-constexpr Cost cost(int32_t stage) {
-  return {L::kRows, L::kColumns, L::kDepth, L::kEights, L::kConsumers, stage};
+constexpr Cost cost(int64_t stage) {
+  return {L::kRows, L::kColumns, L::kDepth, int64_t{L::kRows} * L::kColumns * 4, stage};
 }
 
-constexpr Cost kCosts[] = {cost<Rows32>(700), cost<Rows64>(800), cost<Rows128>(1200)};
-constexpr int64_t kStart = 2500;    // until a block's first product, and to store a result
-constexpr int64_t kAdd = 2000;      // to start adding parts up
-constexpr int64_t kPart = 50;       // to write and read a part for eight rows
+constexpr Cost kCosts[] = {cost<Rows32>(900), cost<Rows64>(1110), cost<Rows128>(1600)};
+constexpr int64_t kStart = 4000;      // until a block's first product, and to store a result
+constexpr int64_t kAdd = 1500;        // to start the kernel that adds parts up,
+constexpr int64_t kBytesAtOnce = 18;  // and of a part for a nanosecond: all blocks write and read one
 
 struct Choice {
   int32_t layout, blocks, whole;
 };
 
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 int64_t results_of(const Product& p, const Cost& cost) {
-  return (p.m + cost.rows - 1) / cost.rows * ((p.weight.n + cost.columns - 1) / cost.columns);
+  return divide_up(p.m, cost.rows) * divide_up(p.weight.n, cost.columns);
 }
 
 int64_t stages_of(const Product& p, const Cost& cost) {
-  return (p.weight.k + cost.depth * kSide - 1) / (cost.depth * kSide);
+  return divide_up(p.weight.k, cost.depth * kSide);
 }
 
 Choice choose(const Product& p, int64_t processors) {
@@ -56,40 +60,36 @@ Choice choose(const Product& p, int64_t processors) {
   for (int32_t i = 0; i < static_cast<int32_t>(std::size(kCosts)); ++i) {
     const Cost& cost = kCosts[i];
     const int64_t results = results_of(p, cost), stages = stages_of(p, cost);
-    const int64_t waves = (results + processors - 1) / processors;
-    consider(waves * (stages * cost.stage + kStart),
+    consider(divide_up(results, processors) * (stages * cost.stage + kStart),
              {i, static_cast<int32_t>(std::min(results, processors)), 1});
     const int64_t blocks = std::min(processors, results * stages);
-    consider((results * stages + blocks - 1) / blocks * cost.stage + kStart + kAdd +
-                 kPart * cost.rows / 8,
+    consider(divide_up(results * stages, blocks) * cost.stage + kStart + kAdd +
+                 cost.part / kBytesAtOnce,
              {i, static_cast<int32_t>(blocks), 0});
   }
   return best;
 }
 
+int64_t aligned(int64_t bytes) { return divide_up(bytes, 256) * 256; }
+
 int64_t parts_bytes(const Product& p, const Choice& choice) {
   const Cost& cost = kCosts[choice.layout];
-  return choice.whole ? 0
-                      : (choice.blocks + results_of(p, cost) - 1) * cost.eights * cost.threads *
-                            static_cast<int64_t>(sizeof(float4));
+  return choice.whole ? 0 : (choice.blocks + results_of(p, cost) - 1) * cost.part;
 }
-
-int64_t aligned(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
 Deal deal(const Product& p, const Choice& choice) {
   const Cost& cost = kCosts[choice.layout];
   Deal d{p};
-  d.rows = cost.rows;
-  d.columns = cost.columns;
-  d.m_blocks = static_cast<int32_t>((p.m + cost.rows - 1) / cost.rows);
-  d.n_blocks = static_cast<int32_t>((p.weight.n + cost.columns - 1) / cost.columns);
-  d.depth = cost.depth;
-  d.k_tiles = static_cast<int32_t>((p.weight.k + kSide - 1) / kSide);
+  d.m_blocks = static_cast<int32_t>(divide_up(p.m, cost.rows));
+  d.n_blocks = static_cast<int32_t>(divide_up(p.weight.n, cost.columns));
+  d.k_tiles = static_cast<int32_t>(divide_up(p.weight.k, kSide));
   d.stages = static_cast<int32_t>(stages_of(p, cost));
-  d.all_stages = d.stages * d.m_blocks * d.n_blocks;
   d.blocks = choice.blocks;
+  const int32_t stages = d.m_blocks * d.n_blocks * d.stages;
+  d.share = stages / d.blocks;
+  d.longer = stages % d.blocks;
   d.all_rows = static_cast<int32_t>(arranged_rows(p.m));
-  d.n_pad = static_cast<int32_t>((p.weight.n + kSide - 1) / kSide * kSide);
+  d.n_pad = static_cast<int32_t>(divide_up(p.weight.n, kSide) * kSide);
   d.whole = choice.whole;
   d.parts = reinterpret_cast<float4*>(static_cast<uint8_t*>(p.workspace) +
                                       aligned(arranged_bytes(p)));
