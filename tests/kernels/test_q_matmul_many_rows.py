@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -39,6 +41,42 @@ def test_sums_of_many_inputs(bits: int, group_size: int) -> None:
         assert_as_good_as_plain(y, x, weight, bias)
         for _ in range(5):
             assert torch.equal(multiply(x, tiled, settings, bias), y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
+@pytest.mark.parametrize("group_size", [32, 64, -1])
+def test_scales_of_any_type_go_with_many_rows(
+    group_size: int, symmetric: bool, scale_dtype: torch.dtype
+) -> None:
+    device = torch.device("cuda")
+    for bits in BITS:
+        settings = bits, group_size, 704, 352
+        _, tiled = random_weight(*settings, device, symmetric=symmetric, dtype=scale_dtype)
+        weight = exact_weight(tiled, settings)
+        for dtype in (torch.float16, torch.bfloat16):
+            for m in (20, 64, 100):
+                x = torch.randn(m, 704, device=device).to(dtype)
+                assert_as_good_as_plain(multiply(x, tiled, settings), x, weight)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(24))
+def test_random_shapes_of_many_rows(seed: int) -> None:
+    """Results that blocks have alone, or share in odd ways: no two draws deal them out alike."""
+    device, draw = torch.device("cuda"), random.Random(seed)
+    k, n = 32 * draw.randint(4, 400), 32 * draw.choice([draw.randint(1, 64), draw.randint(64, 700)])
+    settings = draw.choice(BITS), draw.choice([16, 32, 64, 128, -1]), k, n
+    how = {"symmetric": draw.random() < 0.5, "act_order": draw.random() < 0.3}
+    _, tiled = random_weight(*settings, device, **how)
+    weight = exact_weight(tiled, settings)
+    dtype = draw.choice([torch.float16, torch.bfloat16])
+    for m in (draw.randint(17, 32), draw.randint(33, 64), draw.randint(65, 255)):
+        x = torch.randn(m, 2 * k, device=device).to(dtype)[:, ::2]  # not contiguous
+        y = multiply(x, tiled, settings)
+        assert_as_good_as_plain(y, x, weight)
+        assert torch.equal(multiply(x, tiled, settings), y)
 
 
 @pytest.mark.gpu
