@@ -88,15 +88,12 @@ Tensor combine_experts(const Tensor& y, const Tensor& places, const Tensor& weig
   check_type("places", places, ScalarType::Int);
   STD_TORCH_CHECK(places.dim() == 1 && places.size(0) == tokens * top_k, "places is ",
                   shape_of(places), ", but must be [T * top_k] = [", tokens * top_k, "].");
-  STD_TORCH_CHECK(y.dim() == 2 && y.size(0) == tokens * top_k && y.size(1) % 4 == 0, "y is ",
-                  shape_of(y), ", but must be [T * top_k, N], N a multiple of 4.");
+  STD_TORCH_CHECK(y.dim() == 2 && y.size(0) == tokens * top_k, "y is ", shape_of(y),
+                  ", but must be [T * top_k, N] with T * top_k = ", tokens * top_k, ".");
   check_beside("places", places, y);
   check_beside("weights", weights, y);
   check_floating("weights", weights.scalar_type());
-  const auto type = data_type(y.scalar_type());
-  STD_TORCH_CHECK(type && *type != auto_gptq::kFloat32, "y is ",
-                  torch::headeronly::toString(y.scalar_type()),
-                  ", but on a GPU it must be Half or BFloat16.");
+  check_floating("y", y.scalar_type());
   const Tensor own = as_vectors(y), from = as_contiguous(places), shares = as_contiguous(weights);
   Tensor out = torch::stable::new_empty(own, {tokens, y.size(1)});
   if (out.numel() > 0) {
@@ -107,7 +104,7 @@ Tensor combine_experts(const Tensor& y, const Tensor& places, const Tensor& weig
                                   tokens,
                                   top_k,
                                   y.size(1),
-                                  *type,
+                                  *data_type(y.scalar_type()),
                                   *data_type(weights.scalar_type())};
     run_on_gpu(y, [&](void* stream) { return auto_gptq_cuda_combine(&task, stream); });
   }

@@ -41,9 +41,9 @@ struct Combine {
   void* out;              // [T, N] of type
   int64_t tokens;         // T
   int64_t top_k;
-  int64_t n;  // N, a multiple of 4
-  DataType type;
-  DataType weight_type;
+  int64_t n;  // N
+  DataType type;         // any
+  DataType weight_type;  // any
 };
 
 }  // namespace auto_gptq

@@ -7,6 +7,7 @@ operator waits for the numbers of rows: not the host either.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def q_experts(
     sorted_rows = x if rows is None else x[rows.long()]
     y = x.new_zeros(sorted_rows.shape[0], out_features)
     stops = offsets.tolist()
-    for e, (start, stop) in enumerate(zip(stops[:-1], stops[1:], strict=True)):
+    for e, (start, stop) in enumerate(itertools.pairwise(stops)):
         if start < stop:
             weight = reference.dequantize_tiles(
                 tiles[e],
@@ -100,13 +101,10 @@ _define(
 
 @torch.library.register_fake("auto_gptq::sort_by_expert", lib=_library)
 def _(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    size = index.numel()
-    like = {"dtype": torch.int32, "device": index.device}
-    return (
-        torch.empty(size, **like),
-        torch.empty(size, **like),
-        torch.empty(experts + 1, **like),
-    )
+    def made(size: int) -> Tensor:
+        return index.new_empty(size, dtype=torch.int32)
+
+    return made(index.numel()), made(index.numel()), made(experts + 1)
 
 
 _define(
@@ -129,3 +127,21 @@ _define("combine_experts", "Tensor y, Tensor places, Tensor weights", combine_ex
 @torch.library.register_fake("auto_gptq::combine_experts", lib=_library)
 def _(y: Tensor, places: Tensor, weights: Tensor) -> Tensor:
     return y.new_empty(weights.shape[0], y.shape[1])
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    y, places, weights = ctx.saved_tensors
+    index, wide = places.long(), grad.to(torch.float32)[:, None]
+    per_row = (weights.to(torch.float32)[..., None] * wide).flatten(0, 1).to(y.dtype)
+    grad_y = torch.empty_like(y).index_copy_(0, index, per_row)
+    rows = y[index].view(*weights.shape, y.shape[1]).to(torch.float32)
+    return grad_y, None, (rows * wide).sum(-1).to(weights.dtype)
+
+
+torch.library.register_autograd(
+    "auto_gptq::combine_experts", _backward, setup_context=_keep_for_backward, lib=_library
+)

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..quantization.solver import Solution
 from .qlinear.linear import QuantLinear, dense_weight
+from .unfused import UnfusedExperts
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -92,10 +93,13 @@ def untie(model: nn.Module, head: str) -> None:
 
 
 def prepare(model: nn.Module) -> None:
-    """Lay every QuantLinear below ``model`` out for the fastest kernel that serves it."""
+    """Lay every QuantLinear below ``model`` out for the fastest kernel, experts' together."""
     for module in model.modules():
         if isinstance(module, QuantLinear):
             module.prepare()
+    for module in model.modules():
+        if isinstance(module, UnfusedExperts):
+            module.grouped()
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype) -> None:

@@ -63,8 +63,10 @@ __global__ void __launch_bounds__(kSortThreads) sort(const __grid_constant__ Sor
   }
 }
 
+__device__ __forceinline__ float widen(float v) { return v; }
 __device__ __forceinline__ float widen(__half v) { return __half2float(v); }
 __device__ __forceinline__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ __forceinline__ void round_to(float& to, float v) { to = v; }
 __device__ __forceinline__ void round_to(__half& to, float v) { to = __float2half_rn(v); }
 __device__ __forceinline__ void round_to(__nv_bfloat16& to, float v) { to = __float2bfloat16_rn(v); }
 
@@ -76,33 +78,46 @@ __device__ __forceinline__ float weight_at(const Combine& task, int64_t at) {
                                       : widen(static_cast<const __nv_bfloat16*>(task.weights)[at]);
 }
 
-// A thread makes 4 outputs of a token.
-template <typename T>
+template <typename T, int WIDTH>
+struct alignas(WIDTH * sizeof(T)) Vector {
+  T value[WIDTH];
+};
+
+// A thread makes WIDTH outputs of a token.
+template <typename T, int WIDTH>
 __global__ void __launch_bounds__(128) combine(const __grid_constant__ Combine task) {
+  using Values = Vector<T, WIDTH>;
   let_next_kernel_start();
   wait_for_previous_kernel();
-  const int64_t token = blockIdx.x, n = (blockIdx.y * 128 + threadIdx.x) * 4;
+  const int64_t token = blockIdx.x, n = (blockIdx.y * int64_t{128} + threadIdx.x) * WIDTH;
   if (n >= task.n) {
     return;
   }
-  float sum[4] = {};
+  float sum[WIDTH] = {};
 #pragma unroll 4
   for (int64_t at = token * task.top_k; at < (token + 1) * task.top_k; ++at) {
     const float weight = weight_at(task, at);
-    const uint2 four = *reinterpret_cast<const uint2*>(static_cast<const T*>(task.y) +
-                                                       task.places[at] * task.n + n);
-    const T* values = reinterpret_cast<const T*>(&four);
+    const T* from = static_cast<const T*>(task.y) + task.places[at] * task.n + n;
+    const Values values = *reinterpret_cast<const Values*>(from);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      sum[i] += weight * widen(values[i]);
+    for (int i = 0; i < WIDTH; ++i) {
+      sum[i] += weight * widen(values.value[i]);
     }
   }
-  uint2 four;
+  Values values;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    round_to(reinterpret_cast<T*>(&four)[i], sum[i]);
+  for (int i = 0; i < WIDTH; ++i) {
+    round_to(values.value[i], sum[i]);
   }
-  *reinterpret_cast<uint2*>(static_cast<T*>(task.out) + token * task.n + n) = four;
+  *reinterpret_cast<Values*>(static_cast<T*>(task.out) + token * task.n + n) = values;
+}
+
+template <typename T>
+const char* start_combine(const Combine& task, cudaStream_t stream) {
+  const int width = task.n % 4 == 0 ? 4 : 1;
+  const dim3 blocks(static_cast<unsigned>(task.tokens),
+                    static_cast<unsigned>((task.n / width + 127) / 128));
+  return launch(width == 4 ? combine<T, 4> : combine<T, 1>, task, blocks, 128, 0, stream);
 }
 
 }  // namespace
@@ -116,9 +131,13 @@ const char* auto_gptq_cuda_sort(const Sort* task, void* stream) {
 }
 
 const char* auto_gptq_cuda_combine(const Combine* task, void* stream) {
-  const dim3 blocks(static_cast<unsigned>(task->tokens),
-                    static_cast<unsigned>((task->n / 4 + 127) / 128));
   const auto on = static_cast<cudaStream_t>(stream);
-  return task->type == kFloat16 ? launch(combine<__half>, *task, blocks, 128, 0, on)
-                                : launch(combine<__nv_bfloat16>, *task, blocks, 128, 0, on);
+  switch (task->type) {
+    case kFloat32:
+      return start_combine<float>(*task, on);
+    case kFloat16:
+      return start_combine<__half>(*task, on);
+    default:
+      return start_combine<__nv_bfloat16>(*task, on);
+  }
 }

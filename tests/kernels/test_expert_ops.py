@@ -25,9 +25,7 @@ def random_experts(
     dtype: torch.dtype = torch.float16,
 ) -> list[TileTensors]:
     return [
-        random_weight(
-            *settings, device, symmetric=symmetric, act_order=act_order, dtype=dtype
-        )[1]
+        random_weight(*settings, device, symmetric=symmetric, act_order=act_order, dtype=dtype)[1]
         for _ in range(count)
     ]
 
@@ -54,7 +52,9 @@ def expected(
     for i, part in enumerate(rows[: sum(sizes)].split(sizes)):
         own = None if bias is None else bias[i].to(dtype)
         if len(part):
-            parts.append(F.linear(part.to(dtype), exact_weight(experts[i], settings).to(dtype), own))
+            parts.append(
+                F.linear(part.to(dtype), exact_weight(experts[i], settings).to(dtype), own)
+            )
     parts.append(rows.new_zeros(len(rows) - sum(sizes), settings[3]).to(dtype))
     return torch.cat(parts)
 
@@ -97,9 +97,7 @@ def test_every_expert_multiplies_its_rows_as_well_as_a_plain_product(
             tokens = torch.randn(11, k, device=device).to(dtype)
             rows = torch.randint(11, (sum(sizes) + 3,), dtype=torch.int32, device=device)
             offsets = ends_of(sizes, device)
-            y = OPS.q_experts(
-                tokens, rows, offsets, *stacked(experts), bias, *settings, False
-            )
+            y = OPS.q_experts(tokens, rows, offsets, *stacked(experts), bias, *settings, False)
             assert y.dtype == dtype
             own = tokens[rows.long()]
             assert_as_good_as_plain(y, own, sizes, experts, settings, bias)
@@ -171,11 +169,11 @@ def test_sorting_is_stable_and_puts_nobodys_rows_last(
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_weighted_sums_are_rounded_once(
     dtype: torch.dtype, weight_dtype: torch.dtype, device: torch.device
 ) -> None:
-    for tokens, top_k, n in ((1, 8, 96), (33, 2, 2048), (0, 2, 32)):
+    for tokens, top_k, n in ((1, 8, 96), (33, 2, 2048), (0, 2, 32), (5, 3, 30)):
         y = torch.randn(tokens * top_k, n, device=device).to(dtype)
         places = torch.randperm(tokens * top_k, device=device).to(torch.int32)
         weights = torch.rand(tokens, top_k, device=device).to(weight_dtype)
@@ -184,7 +182,7 @@ def test_weighted_sums_are_rounded_once(
         exact = (rows * weights.double()[..., None]).sum(1)
         unit = torch.finfo(dtype).eps
         assert found.dtype == dtype
-        assert torch.allclose(found.double(), exact, rtol=unit, atol=unit / 8)
+        assert torch.allclose(found.double(), exact, rtol=unit, atol=1e-6)
 
 
 @pytest.mark.parametrize("act_order", [False, True], ids=["ordered", "act-order"])
@@ -197,13 +195,12 @@ def test_opcheck(act_order: bool, device: torch.device) -> None:
     rows, places, offsets = OPS.sort_by_expert(index, 3)
     bias = torch.randn(3, 64, device=device)
     for from_rows in (rows, None):
-        torch.library.opcheck(
-            OPS.q_experts,
-            (x, from_rows, offsets if from_rows is not None else offsets.clamp(max=5))
-            + (*stacked(experts), bias, *settings, False),
-        )
+        ends = offsets if from_rows is not None else offsets.clamp(max=5)
+        weight = (*stacked(experts), bias, *settings, False)
+        torch.library.opcheck(OPS.q_experts, (x, from_rows, ends, *weight))
     y = torch.randn(10, 64, device=device).half()
-    torch.library.opcheck(OPS.combine_experts, (y, places, torch.rand(5, 2, device=device)))
+    shares = torch.rand(5, 2, device=device, requires_grad=True)
+    torch.library.opcheck(OPS.combine_experts, (y.requires_grad_(), places, shares))
 
 
 def test_what_does_not_fit_is_refused_by_name(device: torch.device) -> None:
@@ -225,7 +222,7 @@ def test_what_does_not_fit_is_refused_by_name(device: torch.device) -> None:
     with pytest.raises(RuntimeError, match="rows is Long, but must be Int"):
         run(x, offsets.long(), offsets, tiles, scales)
     if device.type == "cpu":
-        with pytest.raises(RuntimeError, match="offsets must rise from 0 to at most .* 4"):
+        with pytest.raises(RuntimeError, match=r"offsets must rise from 0 to at most .* 4"):
             run(x, None, ends_of([4, 1, 0], device), tiles, scales)
         with pytest.raises(RuntimeError, match=r"rows\[1\] is 9, but must be in \[0, 4\)"):
             run(x, torch.tensor([0, 9, 1, 1], dtype=torch.int32), offsets, tiles, scales)
@@ -240,7 +237,11 @@ def test_what_does_not_fit_is_refused_by_name(device: torch.device) -> None:
 def test_shapes_of_real_models(k: int, n: int, bits: int) -> None:
     device, settings = torch.device("cuda"), (bits, 128, k, n)
     experts = random_experts(8, settings, device)
-    for sizes in ([1, 0, 1, 1, 1, 0, 0, 1], [8, 9, 3, 16, 0, 1, 2, 30], [64, 200, 0, 31, 99, 1, 1, 8]):
+    for sizes in (
+        [1, 0, 1, 1, 1, 0, 0, 1],
+        [8, 9, 3, 16, 0, 1, 2, 30],
+        [64, 200, 0, 31, 99, 1, 1, 8],
+    ):
         for dtype in (torch.float16, torch.bfloat16):
             x = torch.randn(sum(sizes), k, device=device).to(dtype)
             y = OPS.q_experts(

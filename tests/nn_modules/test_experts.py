@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,13 @@ KINDS = {
     "llama4_text": ["gate_proj", "up_proj", "down_proj"],  # batched
     "jetmoe": [],  # a list of linears
 }
+
+
+def quantized(model_type: str, **settings: Any) -> Any:
+    settings = {"group_size": 32, "desc_act": False} | settings
+    wrapper = BaseGPTQForCausalLM(tiny_of(model_type), False, BaseQuantizeConfig(**settings))
+    wrapper.quantize(tiny_examples(2, 24))
+    return wrapper.model
 
 
 def _logits(model: nn.Module) -> torch.Tensor:
@@ -90,26 +98,24 @@ def test_every_expert_reads_its_least_number_of_tokens() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "jetmoe"])
-def test_packed_experts_run_grouped_as_they_do_one_by_one(
+def test_packed_experts_run_together_as_they_do_one_by_one(
     model_type: str, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     """One call of the operator per projection, biases included, gives what single linears give."""
-    model = tiny_of(model_type)
-    wrapper = BaseGPTQForCausalLM(model, False, BaseQuantizeConfig(group_size=32, desc_act=False))
-    wrapper.quantize(tiny_examples(2, 24))
+    model = quantized(model_type)
     model.to(device)
-    for layer in model.modules():  # tiles are for kernels that run layers one by one
+    for layer in model.modules():  # the checkpoint's layout
         if isinstance(layer, QuantLinear):
             layer.stays_prepared = False
             layer.restore()
     calls: list[int] = []
-    grouped = unfused.UnfusedExperts._project_grouped
+    packed = unfused.UnfusedExperts._project_packed_part
 
     def counted(self: unfused.UnfusedExperts, *args: object) -> torch.Tensor:
         calls.append(1)
-        return grouped(self, *args)  # type: ignore[arg-type]
+        return packed(self, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(unfused.UnfusedExperts, "_project_grouped", counted)
+    monkeypatch.setattr(unfused.UnfusedExperts, "_project_packed_part", counted)
     together = _logits(model)
     projections = {"mixtral": 3, "gpt_oss": 3, "jetmoe": 4}[model_type]
     assert len(calls) == projections * 2  # blocks
