@@ -12,6 +12,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -71,6 +72,29 @@ def calibrating(model: nn.Module, share: float, batches: int) -> Iterator[None]:
     finally:
         for module in modules:
             layout_of(module).calibration = None
+
+
+# Of the batch that a thread runs while calibrating: [B, T] bool, False where padded.
+_real: ContextVar[Tensor | None] = ContextVar("real_tokens", default=None)
+
+
+@contextmanager
+def without_padding(keep: Tensor | None) -> Iterator[None]:
+    """Keep padding away from experts: they see rows of which nobody can say whose they are.
+
+    :param keep: [B, T] bool, False where the batch that this thread runs is padded; None if nowhere
+    """
+    token = _real.set(keep)
+    try:
+        yield
+    finally:
+        _real.reset(token)
+
+
+def _real_of(tokens: int) -> Tensor | None:
+    """Give the mask of real tokens, [T], if some are not and the mask is of these tokens."""
+    keep = _real.get()
+    return None if keep is None or keep.numel() != tokens else keep.flatten()
 
 
 def routed_tokens(module: nn.Module) -> list[int] | None:
@@ -179,8 +203,12 @@ class UnfusedExperts(nn.Module):
         self, tokens: Tensor, index: Tensor, sizes: list[int], share: float
     ) -> Tensor:
         """Do the same with all experts, of which each reads its least number of tokens."""
-        fair = len(index) / len(sizes)
+        fair = sum(sizes) / len(sizes)
         least = math.ceil(share * fair)
+        keep = _real_of(len(tokens))
+        pool = (
+            torch.arange(len(tokens), device=index.device) if keep is None else keep.nonzero()[:, 0]
+        )
         outputs = []
         for i, (expert, own) in enumerate(self._parts(index, sizes)):
             missing = least - len(own)
@@ -189,8 +217,8 @@ class UnfusedExperts(nn.Module):
                 continue
             read = own
             if missing > 0:  # evenly over the batch, other ones for each expert
-                spread = torch.arange(missing, device=own.device) * len(tokens) // missing
-                read = torch.cat([own, (spread + i) % len(tokens)])
+                spread = torch.arange(missing, device=own.device) * len(pool) // missing
+                read = torch.cat([own, pool[(spread + i) % len(pool)]])
             output = self._compute(partial(self._project, expert), tokens[read])
             outputs.append(output[: len(own)])
         return _padded(outputs, tokens[index])
@@ -258,10 +286,12 @@ class RoutedExperts(UnfusedExperts):
         top_k_weights: Tensor,  # [T, k]
     ) -> Tensor:  # [..., H]
         """Send every token through its experts and add their weighted outputs."""
+        layout = self._auto_gptq_layout
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        rows, places, offsets = torch.ops.auto_gptq.sort_by_expert(
-            top_k_index, self._auto_gptq_layout.count
-        )
+        keep = None if layout.calibration is None else _real_of(len(tokens))
+        if keep is not None:
+            top_k_index = torch.where(keep[:, None], top_k_index, layout.count)
+        rows, places, offsets = torch.ops.auto_gptq.sort_by_expert(top_k_index, layout.count)
         outputs = self.run(tokens, rows, offsets)
         if hasattr(self, "identity_expert"):  # LongCat's experts that do nothing
             is_nobodys = torch.arange(len(outputs), device=outputs.device) >= offsets[-1]
@@ -277,6 +307,9 @@ class BatchedExperts(UnfusedExperts):
         """Run each expert on the tokens that are not 0; without biases 0 gives 0."""
         layout = self._auto_gptq_layout
         is_real = hidden_states.any(-1)
+        keep = None if layout.calibration is None else _real_of(len(is_real) // layout.count)
+        if keep is not None:
+            is_real &= keep.repeat(layout.count)
         rows = hidden_states[is_real]
         outputs = self.run(rows, *_in_order(rows, is_real.view(layout.count, -1).sum(1)))
         return torch.zeros_like(hidden_states).index_copy_(0, is_real.nonzero()[:, 0], outputs)
