@@ -1,12 +1,13 @@
-"""Microseconds of the experts of one block: packed to 4 bits, in groups of 128, and as transformers.
+"""Microseconds of one block's experts: in 4 bits, groups of 128, and as transformers has them.
 
     python benchmarks/experts.py                        # on a GPU: Mixtral's and Qwen3-MoE's shapes
     python benchmarks/experts.py --shapes small --threads 2 --device cpu
 
-*grouped* is this package's call of all experts, *one by one* its call of each linear; the others are
-transformers' implementations on dense weights.  Every call is routed anew, evenly on average, so that
-no call finds its experts' weights in cache.  *called* is the time from call to call, the host's work
-included, *in a graph* that of CUDA graphs; what asks the GPU for the number of rows cannot be in one.
+*grouped* is this package's call of all experts, *one by one* its call of each linear; the others
+are transformers' implementations on dense weights.  Every call is routed anew, evenly on average,
+so that no call finds its experts' weights in cache.  The time is that from call to call, the host's
+work included; *in a graph* it is that of CUDA graphs, which cannot hold what asks the GPU for the
+number of rows.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 // Up to 8 or 16 rows of an expert at a time, bound by reading the weights of the experts hit.
 //
-// A block owns 32 outputs for a part of one expert's rows, and its warps share out the inputs.
+// A warp computes 32 outputs for a part of one expert's rows.  NW warps of a block stand side by side,
+// the others share out the inputs: where there are many blocks, few of them that do more cost less.
 // Codes, scales and x go from memory into registers, a unit of inputs ahead.  As in q_small.cuh,
 // codes go to tensor cores as raw numbers, and sums of x take out base and zero point.
 #pragma once
@@ -9,16 +10,17 @@
 
 namespace auto_gptq {
 
-constexpr int kFewOutputs = 32;  // of a block
-constexpr int kFewThreads = 256;
+constexpr int kFewOutputs = 32;  // of a warp
+constexpr int kFewThreads = 256, kFewWarps = kFewThreads / 32;
 
 // NT: 8 rows of x each.  TILES of 64 inputs that share a scale, or one whose SPANS have their own.
-template <int BITS, typename T, int NT, int TILES, int SPANS>
+template <int BITS, typename T, int NT, int TILES, int SPANS, bool HOLDS_X>
 struct Few {
   static constexpr int RW = kFewOutputs / 16;
 
   // What a lane holds of a unit before it is needed.
   struct Held {
+    uint32_t x[HOLDS_X ? TILES : 1][NT][8];
     LaneCodes<BITS> codes[TILES][RW];
     uint32_t scale[SPANS][RW][2];
     uint32_t zero[SPANS][RW][2];
@@ -43,6 +45,12 @@ struct Few {
   }
 
   __device__ __forceinline__ void hold(Held& h, int unit) const {
+    if constexpr (HOLDS_X) {
+#pragma unroll
+      for (int t = 0; t < TILES; ++t) {
+        read_x(h.x[t], TILES * unit + t);
+      }
+    }
 #pragma unroll
     for (int t = 0; t < TILES; ++t) {
       const uint32_t* tile = tiles + static_cast<int64_t>(TILES * unit + t) * (128 * BITS);
@@ -120,7 +128,11 @@ struct Few {
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
       uint32_t b[NT][8];
-      read_x(b, TILES * unit + tile);
+      if constexpr (HOLDS_X) {
+        memcpy(b, h.x[tile], sizeof(b));
+      } else {
+        read_x(b, TILES * unit + tile);
+      }
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
         if (SPANS > 1 && s > 0) {
@@ -147,79 +159,86 @@ struct Few {
   }
 };
 
-template <int BITS, typename T, int NT, int TILES, int SPANS>
-__global__ void __launch_bounds__(kFewThreads, NT == 1 ? 3 : 2)
+template <int BITS, typename T, int NT, int NW, int TILES, int SPANS, bool HOLDS_X>
+__global__ void __launch_bounds__(kFewThreads, NT == 1 && !HOLDS_X ? 3 : 2)
     experts_few(const __grid_constant__ Grouped p) {
-  using Kernel = Few<BITS, T, NT, TILES, SPANS>;
-  constexpr int RW = Kernel::RW;
-  __shared__ float4 parts[kFewThreads / 32][RW * NT][32];
+  using Kernel = Few<BITS, T, NT, TILES, SPANS, HOLDS_X>;
+  constexpr int RW = Kernel::RW, KW = kFewWarps / NW, kOutputs = NW * kFewOutputs;
+  __shared__ float4 sums[KW][NW][RW * NT][32];
   let_next_kernel_start();
   wait_for_previous_kernel();
   // Neighbours take the same outputs: where an expert has several parts, they share its weight.
   const Part part = find_part(p, 8 * NT, blockIdx.x % p.parts);
-  const int output = blockIdx.x / p.parts * kFewOutputs;
+  const int block_output = blockIdx.x / p.parts * kOutputs;
   if (part.count == 0) {
     return;
   }
   if (part.expert == p.experts) {
-    clear_rows<T>(p, part, output, kFewOutputs);
+    clear_rows<T>(p, part, block_output, kOutputs);
     return;
   }
-  const Kernel kernel(p, part, output);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = kFewThreads / 32;
-  const int units = p.k_tiles / TILES;
-  const int first = units * warp / warps, last = units * (warp + 1) / warps;
-  float total[RW][NT][4] = {};
-  typename Kernel::Held held;
-  if (first < last) {
-    kernel.hold(held, first);
-  }
-#pragma unroll 1
-  for (int unit = first; unit < last; ++unit) {
-    kernel.multiply(total, held, unit);
-    if (unit + 1 < last) {
-      kernel.hold(held, unit + 1);
+  const int lane = threadIdx.x % 32, wn = threadIdx.x / 32 % NW, wk = threadIdx.x / 32 / NW;
+  const int output = block_output + wn * kFewOutputs;
+  if (output < p.n_pad) {
+    const Kernel kernel(p, part, output);
+    const int units = p.k_tiles / TILES;
+    const int first = units * wk / KW, last = units * (wk + 1) / KW;
+    float total[RW][NT][4] = {};
+    typename Kernel::Held held;
+    if (first < last) {
+      kernel.hold(held, first);
     }
-  }
-  const float upper = 1.0f / Raw<BITS, T>::unit(0), lower = 1.0f / Raw<BITS, T>::unit(1);
+#pragma unroll 1
+    for (int unit = first; unit < last; ++unit) {
+      kernel.multiply(total, held, unit);
+      if (unit + 1 < last) {
+        kernel.hold(held, unit + 1);
+      }
+    }
+    const float upper = 1.0f / Raw<BITS, T>::unit(0), lower = 1.0f / Raw<BITS, T>::unit(1);
 #pragma unroll
-  for (int r = 0; r < RW; ++r) {
+    for (int r = 0; r < RW; ++r) {
 #pragma unroll
-    for (int t = 0; t < NT; ++t) {
-      const float* v = total[r][t];
-      parts[warp][r * NT + t][lane] =
-          make_float4(v[0] * upper, v[1] * upper, v[2] * lower, v[3] * lower);
+      for (int t = 0; t < NT; ++t) {
+        const float* v = total[r][t];
+        sums[wk][wn][r * NT + t][lane] =
+            make_float4(v[0] * upper, v[1] * upper, v[2] * lower, v[3] * lower);
+      }
     }
   }
   __syncthreads();
-  for (int e = threadIdx.x; e < kFewOutputs * part.count; e += kFewThreads) {
-    const int out = e % kFewOutputs, m = e / kFewOutputs, row = out % 16, n = output + out;
-    const int fragment = out / 16 * NT + m / 8, from = row % 8 * 4 + m % 8 / 2;
+  for (int e = threadIdx.x; e < kOutputs * part.count; e += kFewThreads) {
+    const int out = e % kOutputs, m = e / kOutputs, row = out % 16, n = block_output + out;
+    const int fragment = out % kFewOutputs / 16 * NT + m / 8, from = row % 8 * 4 + m % 8 / 2;
+    if (n >= p.n) {
+      continue;
+    }
     float value = 0;
 #pragma unroll
-    for (int w = 0; w < kFewThreads / 32; ++w) {
-      value += reinterpret_cast<const float*>(&parts[w][fragment][from])[row / 8 * 2 + m % 2];
+    for (int w = 0; w < KW; ++w) {
+      const float4& four = sums[w][out / kFewOutputs][fragment][from];
+      value += reinterpret_cast<const float*>(&four)[row / 8 * 2 + m % 2];
     }
-    if (n < p.n) {
-      if (p.bias) {
-        value += static_cast<float>(
-            static_cast<const T*>(p.bias)[static_cast<int64_t>(part.expert) * p.n + n]);
-      }
-      static_cast<T*>(p.y)[static_cast<int64_t>(part.first + m) * p.n + n] = narrow<T>(value);
+    if (p.bias) {
+      value += static_cast<float>(
+          static_cast<const T*>(p.bias)[static_cast<int64_t>(part.expert) * p.n + n]);
     }
+    static_cast<T*>(p.y)[static_cast<int64_t>(part.first + m) * p.n + n] = narrow<T>(value);
   }
 }
 
-template <int BITS, typename T, int NT>
+template <int BITS, typename T, int NT, int NW>
 const char* start_few(const Experts& task, cudaStream_t stream) {
+  constexpr int kOutputs = NW * kFewOutputs;
   const Grouped made = describe(task, 8 * NT);
-  const dim3 blocks(static_cast<unsigned>(made.n_pad / kFewOutputs * made.parts));
+  const dim3 blocks(static_cast<unsigned>((made.n_pad + kOutputs - 1) / kOutputs * made.parts));
   const auto go = [&](auto kernel) { return launch(kernel, made, blocks, kFewThreads, 0, stream); };
   if (made.run != kSide) {
-    return go(experts_few<BITS, T, NT, 1, 4>);
+    return go(experts_few<BITS, T, NT, NW, 1, 4, false>);
   }
   const bool paired = made.k_tiles % 2 == 0 && task.weight.group_size % (2 * kSide) == 0;
-  return paired ? go(experts_few<BITS, T, NT, 2, 1>) : go(experts_few<BITS, T, NT, 1, 1>);
+  return paired ? go(experts_few<BITS, T, NT, NW, 2, 1, false>)
+                : go(experts_few<BITS, T, NT, NW, 1, 1, false>);
 }
 
 }  // namespace auto_gptq

@@ -1,6 +1,6 @@
 // Some dozen rows of an expert at a time, on the tensor cores.
 //
-// A warp computes 32 outputs for ROWS rows: two row tiles, whose codes go from memory straight into
+// A warp computes 32 outputs for up to 64 rows, and as many products as there are rows: two row tiles, whose codes go from memory straight into
 // its registers, a few tiles ahead, and become 16-bit weights there.  Rows of x come through shared
 // memory in their own order, which is that of the lanes.  KW warps share out the inputs of the same
 // outputs, so that there are blocks enough where outputs are few.
@@ -18,16 +18,17 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(pair);
 }
 
-template <int BITS, typename T, int ROWS, int KW, int SPANS>
+constexpr int kManyRows = 64;
+
+template <int BITS, typename T, int KW, int SPANS>
 struct Many {
   static constexpr int kWarps = kManyThreads / 32, NW = kWarps / KW;  // warps side by side
   static constexpr int kOutputs = 32 * NW;                            // of a block
-  static constexpr int kAhead = ROWS > 32 || SPANS > 1 ? 1 : 2;  // tiles of codes in registers
   static constexpr int kStages = 4;                 // tiles of x in shared memory
   // Rows lie 16 bytes apart modulo 128, so that eight rows meet no bank twice.
-  static constexpr int kPitch = 2 * kSide + 16, kStageBytes = ROWS * kPitch;
+  static constexpr int kPitch = 2 * kSide + 16, kStageBytes = kManyRows * kPitch;
   static constexpr int kSharedBytes = KW * kStages * kStageBytes;
-  static constexpr int kCopies = ROWS * 8 / (32 * NW);  // vectors that a thread copies of a tile
+  static constexpr int kCopies = kManyRows * 8 / (32 * NW);  // vectors that a thread copies of a tile
 
   // What a lane has of a tile: codes, and per span the grids of its outputs.
   struct Held {
@@ -142,9 +143,11 @@ struct Many {
     }
   }
 
-  using Sums = float[2][ROWS / 8][4];
+  template <int EIGHTS>
+  using Sums = float[2][EIGHTS][4];
 
-  __device__ __forceinline__ void multiply(Sums& sums, const Held& h, const char* stage) const {
+  template <int EIGHTS>
+  __device__ __forceinline__ void multiply(Sums<EIGHTS>& sums, const Held& h, const char* stage) const {
 #pragma unroll
     for (int s = 0; s < 4; s += 2) {
       uint32_t a[2][2][4];
@@ -154,7 +157,7 @@ struct Many {
         weights(h, r, s + 1, a[r][1]);
       }
 #pragma unroll
-      for (int eight = 0; eight < ROWS / 8; ++eight) {
+      for (int eight = 0; eight < EIGHTS; ++eight) {
         uint32_t b[4];
         read_x(stage, eight, s, b);
 #pragma unroll
@@ -168,7 +171,9 @@ struct Many {
     }
   }
 
-  __device__ __forceinline__ void run(Sums& sums) const {
+  template <int EIGHTS>
+  __device__ __forceinline__ void run(Sums<EIGHTS>& sums) const {
+    constexpr int kAhead = EIGHTS > 4 || SPANS > 1 ? 1 : 2;  // tiles of codes in registers
     Held held[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
@@ -187,7 +192,7 @@ struct Many {
         __syncthreads();  // of x: here for all, and what it takes the place of is used up
         copy_x(tile + kStages - 1);
         if (tile < last_tile) {
-          multiply(sums, held[ahead], ring + tile % kStages * kStageBytes);
+          multiply<EIGHTS>(sums, held[ahead], ring + tile % kStages * kStageBytes);
           hold(held[ahead], tile + kAhead);
         }
       }
@@ -196,8 +201,9 @@ struct Many {
   }
 
   // Add up the sums of warps that shared out the inputs: they end in those with wk = 0.
-  __device__ __forceinline__ void add_up(Sums& sums, char* memory) const {
-    constexpr int kFragments = 2 * ROWS / 8;
+  template <int EIGHTS>
+  __device__ __forceinline__ void add_up(Sums<EIGHTS>& sums, char* memory) const {
+    constexpr int kFragments = 2 * EIGHTS;
     auto* all = reinterpret_cast<float4*>(memory);
     __syncthreads();
     float* flat = &sums[0][0][0];
@@ -222,7 +228,8 @@ struct Many {
   }
 
   // A lane has, of a row tile and eight rows, outputs lane / 4 and 8 more for two rows.
-  __device__ __forceinline__ void write(const Sums& sums) const {
+  template <int EIGHTS>
+  __device__ __forceinline__ void write(const Sums<EIGHTS>& sums) const {
     if (wk > 0 || output >= p.n) {  // n is a multiple of 32
       return;
     }
@@ -236,7 +243,7 @@ struct Many {
         add[1] = static_cast<float>(bias[8]);
       }
 #pragma unroll
-      for (int eight = 0; eight < ROWS / 8; ++eight) {
+      for (int eight = 0; eight < EIGHTS; ++eight) {
         const float* v = sums[r][eight];
         const uint32_t low = transposed(pack_pair<T>(v[0] + add[0], v[1] + add[0]));
         const uint32_t high = transposed(pack_pair<T>(v[2] + add[1], v[3] + add[1]));
@@ -251,6 +258,16 @@ struct Many {
     }
   }
 
+  template <int EIGHTS>
+  __device__ __forceinline__ void all(char* memory) const {
+    Sums<EIGHTS> sums = {};
+    run<EIGHTS>(sums);
+    if constexpr (KW > 1) {
+      add_up<EIGHTS>(sums, memory);
+    }
+    write<EIGHTS>(sums);
+  }
+
   // An 8 x 8 matrix of 16-bit numbers, two per lane.
   __device__ __forceinline__ static uint32_t transposed(uint32_t pair) {
     uint32_t result;
@@ -259,13 +276,13 @@ struct Many {
   }
 };
 
-template <int BITS, typename T, int ROWS, int KW, int SPANS>
+template <int BITS, typename T, int KW, int SPANS>
 __global__ void __launch_bounds__(kManyThreads, 2) experts_many(const __grid_constant__ Grouped p) {
-  using Kernel = Many<BITS, T, ROWS, KW, SPANS>;
+  using Kernel = Many<BITS, T, KW, SPANS>;
   extern __shared__ __align__(16) char memory[];
   let_next_kernel_start();
   wait_for_previous_kernel();
-  const Part part = find_part(p, ROWS, blockIdx.x % p.parts);
+  const Part part = find_part(p, kManyRows, blockIdx.x % p.parts);
   const int output = blockIdx.x / p.parts * Kernel::kOutputs;
   if (part.count == 0) {
     return;
@@ -275,23 +292,30 @@ __global__ void __launch_bounds__(kManyThreads, 2) experts_many(const __grid_con
     return;
   }
   const Kernel kernel(p, part, output, memory);
-  typename Kernel::Sums sums = {};
-  kernel.run(sums);
-  if constexpr (KW > 1) {
-    kernel.add_up(sums, memory);
+  switch ((part.count + 7) / 8) {
+    case 1:
+    case 2:
+      return kernel.template all<2>(memory);
+    case 3:
+    case 4:
+      return kernel.template all<4>(memory);
+    case 5:
+    case 6:
+      return kernel.template all<6>(memory);
+    default:
+      return kernel.template all<8>(memory);
   }
-  kernel.write(sums);
 }
 
-template <int BITS, typename T, int ROWS, int KW>
+template <int BITS, typename T, int KW>
 const char* start_many(const Experts& task, cudaStream_t stream) {
-  const Grouped made = describe(task, ROWS);
-  constexpr int kOutputs = Many<BITS, T, ROWS, KW, 1>::kOutputs;
-  constexpr int kBytes = Many<BITS, T, ROWS, KW, 1>::kSharedBytes;
+  const Grouped made = describe(task, kManyRows);
+  constexpr int kOutputs = Many<BITS, T, KW, 1>::kOutputs;
+  constexpr int kBytes = Many<BITS, T, KW, 1>::kSharedBytes;
   const dim3 blocks(static_cast<unsigned>((made.n_pad + kOutputs - 1) / kOutputs * made.parts));
-  return launch(made.run == kSide ? experts_many<BITS, T, ROWS, KW, 1>
-                                  : experts_many<BITS, T, ROWS, KW, 4>,
-                made, blocks, kManyThreads, kBytes, stream);
+  return launch(
+      made.run == kSide ? experts_many<BITS, T, KW, 1> : experts_many<BITS, T, KW, 4>, made,
+      blocks, kManyThreads, kBytes, stream);
 }
 
 }  // namespace auto_gptq

@@ -13,14 +13,21 @@ namespace {
 // The first row with at least so many rows of y per expert on average is taken.
 struct Row {
   int64_t most_per_expert;
-  int rows;  // of a block
+  int32_t rows;  // of a block
 };
 
-constexpr Row kTable[] = {{4, 8}, {12, 16}, {40, 32}, {INT64_MAX, 64}};
+constexpr Row kTable[] = {{4, 8}, {12, 16}, {INT64_MAX, 64}};
 
-int choose(const Experts& task) {
+ExpertsConfig choose(const Experts& task) {
   const auto fits = [&](const Row& row) { return task.m <= row.most_per_expert * task.experts; };
-  return std::find_if(std::begin(kTable), std::end(kTable), fits)->rows;
+  const int32_t rows = std::find_if(std::begin(kTable), std::end(kTable), fits)->rows;
+  // Blocks of 32 outputs, in multiples of what the processors hold at once.
+  const int64_t parts = std::min(task.experts, task.m) + task.m / rows;
+  const int64_t rounds = task.weight.n / 32 * parts / (2 * current_device().processors);
+  if (rows > 16) {
+    return {rows, rounds < 24 ? 4 : 8};
+  }
+  return {rows, rounds < 4 ? 1 : rounds < 8 ? 2 : 4};
 }
 
 struct Gather {
@@ -96,15 +103,15 @@ const char* auto_gptq_cuda_q_experts(const Experts* experts, void* stream) {
     task.rows = nullptr;
     task.weight.perm = nullptr;
   }
-  const int rows = choose(task);
+  const ExpertsConfig config = choose(task);
   switch (task.weight.bits) {
     case 2:
-      return start_experts_2(task, rows, on);
+      return start_experts_2(task, config, on);
     case 3:
-      return start_experts_3(task, rows, on);
+      return start_experts_3(task, config, on);
     case 4:
-      return start_experts_4(task, rows, on);
+      return start_experts_4(task, config, on);
     default:
-      return start_experts_8(task, rows, on);
+      return start_experts_8(task, config, on);
   }
 }
