@@ -60,10 +60,7 @@ Tensor q_experts_cuda(const Tensor& x,
 }
 
 std::tuple<Tensor, Tensor, Tensor> sort_by_expert(const Tensor& index, int64_t experts) {
-  STD_TORCH_CHECK(index.dim() == 2 && index.size(1) > 0, "index is ", shape_of(index),
-                  ", but must be [T, top_k].");
-  STD_TORCH_CHECK(experts > 0 && experts < (1 << 20) && index.numel() < (1 << 30), "there are ",
-                  experts, " experts and ", index.numel(), " entries.");
+  check_index(index, experts);
   const Tensor numbers = as_contiguous(index.scalar_type() == ScalarType::Long
                                            ? index
                                            : torch::stable::to(index, ScalarType::Long));
@@ -83,17 +80,8 @@ std::tuple<Tensor, Tensor, Tensor> sort_by_expert(const Tensor& index, int64_t e
 }
 
 Tensor combine_experts(const Tensor& y, const Tensor& places, const Tensor& weights) {
-  STD_TORCH_CHECK(weights.dim() == 2, "weights is ", shape_of(weights), ", but must be [T, top_k].");
+  check_combine(y, places, weights);
   const int64_t tokens = weights.size(0), top_k = weights.size(1);
-  check_type("places", places, ScalarType::Int);
-  STD_TORCH_CHECK(places.dim() == 1 && places.size(0) == tokens * top_k, "places is ",
-                  shape_of(places), ", but must be [T * top_k] = [", tokens * top_k, "].");
-  STD_TORCH_CHECK(y.dim() == 2 && y.size(0) == tokens * top_k, "y is ", shape_of(y),
-                  ", but must be [T * top_k, N] with T * top_k = ", tokens * top_k, ".");
-  check_beside("places", places, y);
-  check_beside("weights", weights, y);
-  check_floating("weights", weights.scalar_type());
-  check_floating("y", y.scalar_type());
   const Tensor own = as_vectors(y), from = as_contiguous(places), shares = as_contiguous(weights);
   Tensor out = torch::stable::new_empty(own, {tokens, y.size(1)});
   if (out.numel() > 0) {

@@ -77,4 +77,27 @@ inline StackedWeight check_experts(const Tensor& x,
   return made;
 }
 
+inline void check_index(const Tensor& index, int64_t experts) {
+  STD_TORCH_CHECK(index.dim() == 2 && index.size(1) > 0, "index is ", shape_of(index),
+                  ", but must be [T, top_k].");
+  STD_TORCH_CHECK(experts > 0 && experts < (1 << 20) && index.numel() < (1 << 30), "there are ",
+                  experts, " experts and ", index.numel(),
+                  " entries, but there must be 1 to 2^20 and fewer than 2^30.");
+}
+
+inline void check_combine(const Tensor& y, const Tensor& places, const Tensor& weights) {
+  STD_TORCH_CHECK(weights.dim() == 2, "weights is ", shape_of(weights),
+                  ", but must be [T, top_k].");
+  const int64_t entries = weights.size(0) * weights.size(1);
+  check_type("places", places, ScalarType::Int);
+  STD_TORCH_CHECK(places.dim() == 1 && places.size(0) == entries, "places is ", shape_of(places),
+                  ", but must be [T * top_k] = [", entries, "].");
+  STD_TORCH_CHECK(y.dim() == 2 && y.size(0) == entries, "y is ", shape_of(y),
+                  ", but must be [T * top_k, N] with T * top_k = ", entries, ".");
+  check_beside("places", places, y);
+  check_beside("weights", weights, y);
+  check_floating("weights", weights.scalar_type());
+  check_floating("y", y.scalar_type());
+}
+
 }  // namespace auto_gptq_bindings

@@ -1,5 +1,7 @@
-// torch.ops.auto_gptq.q_experts on the CPU: all experts' products in one call, threads over all.
+// torch.ops.auto_gptq.q_experts, sort_by_expert and combine_experts on the CPU: all experts' products
+// in one call, threads over all.
 #include <cstring>
+#include <tuple>
 #include <vector>
 
 #include "bindings_experts.h"
@@ -218,6 +220,71 @@ Tensor q_experts(const Tensor& x,
   return y.scalar_type() == x.scalar_type() ? y : torch::stable::to(y, x.scalar_type());
 }
 
+std::tuple<Tensor, Tensor, Tensor> sort_by_expert(const Tensor& index, int64_t experts) {
+  check_index(index, experts);
+  const Tensor numbers = as_contiguous(index.scalar_type() == ScalarType::Long
+                                           ? index
+                                           : torch::stable::to(index, ScalarType::Long));
+  const int64_t size = index.numel(), top_k = index.size(1);
+  Tensor rows = torch::stable::new_empty(index, {size}, ScalarType::Int);
+  Tensor places = torch::stable::new_empty(index, {size}, ScalarType::Int);
+  Tensor offsets = torch::stable::new_empty(index, {experts + 1}, ScalarType::Int);
+  const auto* number = static_cast<const int64_t*>(numbers.const_data_ptr());
+  auto* row = static_cast<int32_t*>(rows.mutable_data_ptr());
+  auto* place = static_cast<int32_t*>(places.mutable_data_ptr());
+  auto* offset = static_cast<int32_t*>(offsets.mutable_data_ptr());
+  const auto owner = [&](int64_t i) {
+    return number[i] < 0 || number[i] >= experts ? experts : number[i];
+  };
+  std::vector<int32_t> next(experts + 2, 0);
+  for (int64_t i = 0; i < size; ++i) {
+    ++next[owner(i) + 1];
+  }
+  for (int64_t e = 0; e <= experts; ++e) {
+    next[e + 1] += next[e];
+    offset[e] = next[e];
+  }
+  for (int64_t i = 0; i < size; ++i) {
+    place[i] = next[owner(i)]++;
+    row[place[i]] = static_cast<int32_t>(i / top_k);
+  }
+  return {rows, places, offsets};
+}
+
+Tensor combine_experts(const Tensor& y, const Tensor& places, const Tensor& weights) {
+  check_combine(y, places, weights);
+  const int64_t tokens = weights.size(0), top_k = weights.size(1), n = y.size(1);
+  const Tensor wide = as_float(y), from = as_contiguous(places), shares = as_float(weights);
+  Tensor out = torch::stable::new_empty(wide, {tokens, n});
+  const auto* rows = static_cast<const float*>(wide.const_data_ptr());
+  const auto* place = static_cast<const int32_t*>(from.const_data_ptr());
+  const auto* share = static_cast<const float*>(shares.const_data_ptr());
+  auto* to = static_cast<float*>(out.mutable_data_ptr());
+  for (int64_t i = 0; i < tokens * top_k; ++i) {
+    STD_TORCH_CHECK(place[i] >= 0 && place[i] < tokens * top_k, "places[", i, "] is ", place[i],
+                    ", but must be in [0, ", tokens * top_k, ").");
+  }
+  torch::stable::parallel_for(
+      0, tokens, std::max<int64_t>(kCodesPerThread / std::max<int64_t>(n * top_k, 1), 1),
+      [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) {
+          float* sum = to + t * n;
+          std::fill(sum, sum + n, 0.0f);
+          for (int64_t at = t * top_k; at < (t + 1) * top_k; ++at) {
+            const float* own = rows + place[at] * n;
+            for (int64_t i = 0; i < n; ++i) {
+              sum[i] += share[at] * own[i];
+            }
+          }
+        }
+      });
+  return out.scalar_type() == y.scalar_type() ? out : torch::stable::to(out, y.scalar_type());
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(auto_gptq, CPU, m) { m.impl("q_experts", TORCH_BOX(&q_experts)); }
+STABLE_TORCH_LIBRARY_IMPL(auto_gptq, CPU, m) {
+  m.impl("q_experts", TORCH_BOX(&q_experts));
+  m.impl("sort_by_expert", TORCH_BOX(&sort_by_expert));
+  m.impl("combine_experts", TORCH_BOX(&combine_experts));
+}
