@@ -52,8 +52,8 @@ Tensor q_experts_cuda(const Tensor& x,
                           nullptr,
                           m,
                           type};
-  Tensor workspace =
-      torch::stable::new_empty(own, {auto_gptq_cuda_experts_bytes(&task)}, ScalarType::Byte);
+  const int64_t bytes = auto_gptq_cuda_experts_bytes(&task, x.get_device_index());
+  Tensor workspace = torch::stable::new_empty(own, {bytes}, ScalarType::Byte);
   task.workspace = workspace.mutable_data_ptr();
   run_on_gpu(x, [&](void* stream) { return auto_gptq_cuda_q_experts(&task, stream); });
   return y;

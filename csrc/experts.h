@@ -48,9 +48,12 @@ struct Combine {
 
 }  // namespace auto_gptq
 
+// Bytes of workspace for a product; pointers are not read, but whether they are null.
+AUTO_GPTQ_API int64_t auto_gptq_cuda_experts_bytes(const auto_gptq::Experts* experts,
+                                                   int32_t device);
+
 // Asynchronously on a stream (a cudaStream_t) of the current GPU, of sm_80 or later.  They return
 // null, or what went wrong.
-AUTO_GPTQ_API int64_t auto_gptq_cuda_experts_bytes(const auto_gptq::Experts* experts);
 AUTO_GPTQ_API const char* auto_gptq_cuda_q_experts(const auto_gptq::Experts* experts, void* stream);
 AUTO_GPTQ_API const char* auto_gptq_cuda_sort(const auto_gptq::Sort* sort, void* stream);
 AUTO_GPTQ_API const char* auto_gptq_cuda_combine(const auto_gptq::Combine* combine, void* stream);

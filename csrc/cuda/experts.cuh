@@ -90,6 +90,42 @@ __device__ __forceinline__ float widen_scale(const Grouped& p, uint32_t bits) {
   return __uint_as_float(p.scale_type == kBFloat16 ? bits << 16 : bits);
 }
 
+// The weights of one step, of outputs 8 apart: scale * (code - zero), rounded to T.
+template <int BITS, typename T>
+__device__ __forceinline__ void scaled_weights(const Grouped& p,
+                                               const LaneCodes<BITS>& codes,
+                                               int step,
+                                               const uint32_t (&scale)[2],  // as they lie
+                                               const uint32_t (&zero)[2],
+                                               uint32_t (&a)[4]) {
+  decode<BITS, T>(codes, step, a);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t both = Pairs<T>::constant(widen_scale(p, scale[i]));
+    if (p.zeros) {
+      const int shift = (1 << (BITS - 1)) - static_cast<int>(zero[i]);
+      const uint32_t add = Pairs<T>::constant(static_cast<float>(shift));
+      a[i] = Pairs<T>::add(a[i], add);
+      a[i + 2] = Pairs<T>::add(a[i + 2], add);
+    }
+    a[i] = Pairs<T>::fma(a[i], both, 0);
+    a[i + 2] = Pairs<T>::fma(a[i + 2], both, 0);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
+  const T pair[2] = {narrow<T>(low), narrow<T>(high)};
+  return *reinterpret_cast<const uint32_t*>(pair);
+}
+
+// An 8 x 8 matrix of 16-bit numbers, two per lane.
+__device__ __forceinline__ uint32_t transposed(uint32_t pair) {
+  uint32_t result;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+  return result;
+}
+
 // Put zeros where rows belong to nobody.
 template <typename T>
 __device__ __forceinline__ void clear_rows(const Grouped& p, Part part, int output, int width) {

@@ -2,7 +2,7 @@
 //
 // A warp computes 32 outputs for a part of one expert's rows.  NW warps of a block stand side by side,
 // the others share out the inputs: where there are many blocks, few of them that do more cost less.
-// Codes, scales and x go from memory into registers, a unit of inputs ahead.  As in q_small.cuh,
+// Codes and scales go from memory into registers a unit of inputs ahead, x when needed.  As in q_small.cuh,
 // codes go to tensor cores as raw numbers, and sums of x take out base and zero point.
 #pragma once
 
@@ -14,13 +14,12 @@ constexpr int kFewOutputs = 32;  // of a warp
 constexpr int kFewThreads = 256, kFewWarps = kFewThreads / 32;
 
 // NT: 8 rows of x each.  TILES of 64 inputs that share a scale, or one whose SPANS have their own.
-template <int BITS, typename T, int NT, int TILES, int SPANS, bool HOLDS_X>
+template <int BITS, typename T, int NT, int TILES, int SPANS>
 struct Few {
   static constexpr int RW = kFewOutputs / 16;
 
   // What a lane holds of a unit before it is needed.
   struct Held {
-    uint32_t x[HOLDS_X ? TILES : 1][NT][8];
     LaneCodes<BITS> codes[TILES][RW];
     uint32_t scale[SPANS][RW][2];
     uint32_t zero[SPANS][RW][2];
@@ -45,12 +44,6 @@ struct Few {
   }
 
   __device__ __forceinline__ void hold(Held& h, int unit) const {
-    if constexpr (HOLDS_X) {
-#pragma unroll
-      for (int t = 0; t < TILES; ++t) {
-        read_x(h.x[t], TILES * unit + t);
-      }
-    }
 #pragma unroll
     for (int t = 0; t < TILES; ++t) {
       const uint32_t* tile = tiles + static_cast<int64_t>(TILES * unit + t) * (128 * BITS);
@@ -128,11 +121,7 @@ struct Few {
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
       uint32_t b[NT][8];
-      if constexpr (HOLDS_X) {
-        memcpy(b, h.x[tile], sizeof(b));
-      } else {
-        read_x(b, TILES * unit + tile);
-      }
+      read_x(b, TILES * unit + tile);
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
         if (SPANS > 1 && s > 0) {
@@ -159,10 +148,10 @@ struct Few {
   }
 };
 
-template <int BITS, typename T, int NT, int NW, int TILES, int SPANS, bool HOLDS_X>
-__global__ void __launch_bounds__(kFewThreads, NT == 1 && !HOLDS_X ? 3 : 2)
+template <int BITS, typename T, int NT, int NW, int TILES, int SPANS>
+__global__ void __launch_bounds__(kFewThreads, NT == 1 ? 3 : 2)
     experts_few(const __grid_constant__ Grouped p) {
-  using Kernel = Few<BITS, T, NT, TILES, SPANS, HOLDS_X>;
+  using Kernel = Few<BITS, T, NT, TILES, SPANS>;
   constexpr int RW = Kernel::RW, KW = kFewWarps / NW, kOutputs = NW * kFewOutputs;
   __shared__ float4 sums[KW][NW][RW * NT][32];
   let_next_kernel_start();
@@ -234,11 +223,11 @@ const char* start_few(const Experts& task, cudaStream_t stream) {
   const dim3 blocks(static_cast<unsigned>((made.n_pad + kOutputs - 1) / kOutputs * made.parts));
   const auto go = [&](auto kernel) { return launch(kernel, made, blocks, kFewThreads, 0, stream); };
   if (made.run != kSide) {
-    return go(experts_few<BITS, T, NT, NW, 1, 4, false>);
+    return go(experts_few<BITS, T, NT, NW, 1, 4>);
   }
   const bool paired = made.k_tiles % 2 == 0 && task.weight.group_size % (2 * kSide) == 0;
-  return paired ? go(experts_few<BITS, T, NT, NW, 2, 1, false>)
-                : go(experts_few<BITS, T, NT, NW, 1, 1, false>);
+  return paired ? go(experts_few<BITS, T, NT, NW, 2, 1>)
+                : go(experts_few<BITS, T, NT, NW, 1, 1>);
 }
 
 }  // namespace auto_gptq

@@ -12,12 +12,6 @@ namespace auto_gptq {
 
 constexpr int kManyThreads = 256;
 
-template <typename T>
-__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
-  const T pair[2] = {narrow<T>(low), narrow<T>(high)};
-  return *reinterpret_cast<const uint32_t*>(pair);
-}
-
 constexpr int kManyRows = 64;
 
 template <int BITS, typename T, int KW, int SPANS>
@@ -108,25 +102,6 @@ struct Many {
     }
   }
 
-  // The weights of one step: scale * (code - zero), rounded to T.
-  __device__ __forceinline__ void weights(const Held& h, int r, int s, uint32_t (&a)[4]) const {
-    decode<BITS, T>(h.codes[r], s, a);
-    const int span = s * SPANS / 4;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float scale = widen_scale(p, h.scale[r][span][i]);
-      const uint32_t both = Pairs<T>::constant(scale);
-      if (p.zeros) {
-        const auto shift = static_cast<float>((1 << (BITS - 1)) - static_cast<int>(h.zero[r][span][i]));
-        const uint32_t add = Pairs<T>::constant(shift);
-        a[i] = Pairs<T>::add(a[i], add);
-        a[i + 2] = Pairs<T>::add(a[i + 2], add);
-      }
-      a[i] = Pairs<T>::fma(a[i], both, 0);
-      a[i + 2] = Pairs<T>::fma(a[i + 2], both, 0);
-    }
-  }
-
   // The B operands of steps s and s + 1 for eight rows of x.
   __device__ __forceinline__ void read_x(const char* stage, int eight, int s, uint32_t (&b)[4]) const {
     const char* row = stage + (8 * eight + lane / 4) * kPitch;
@@ -153,8 +128,11 @@ struct Many {
       uint32_t a[2][2][4];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        weights(h, r, s, a[r][0]);
-        weights(h, r, s + 1, a[r][1]);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int span = (s + j) * SPANS / 4;
+          scaled_weights<BITS, T>(p, h.codes[r], s + j, h.scale[r][span], h.zero[r][span], a[r][j]);
+        }
       }
 #pragma unroll
       for (int eight = 0; eight < EIGHTS; ++eight) {
@@ -266,13 +244,6 @@ struct Many {
       add_up<EIGHTS>(sums, memory);
     }
     write<EIGHTS>(sums);
-  }
-
-  // An 8 x 8 matrix of 16-bit numbers, two per lane.
-  __device__ __forceinline__ static uint32_t transposed(uint32_t pair) {
-    uint32_t result;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
-    return result;
   }
 };
 

@@ -9,14 +9,8 @@ namespace auto_gptq {
 
 template <int BITS, typename T, int NT>
 const char* start_few(const Experts& task, int side, cudaStream_t stream) {
-  switch (side) {
-    case 1:
-      return start_few<BITS, T, NT, 1>(task, stream);
-    case 2:
-      return start_few<BITS, T, NT, 2>(task, stream);
-    default:
-      return start_few<BITS, T, NT, 4>(task, stream);
-  }
+  return side == 1 ? start_few<BITS, T, NT, 1>(task, stream)
+                   : start_few<BITS, T, NT, 4>(task, stream);
 }
 
 template <int BITS, typename T>
