@@ -188,7 +188,7 @@ def in_a_graph(call: Call, calls: list[Routing]) -> float | str:
 
 
 CAPTURABLE = ("grouped", "transformers grouped_mm", "transformers batched_mm")
-MOST_COPIED = 64  # rows: batched_mm copies an expert's weights for each
+MOST_COPIED = 16  # rows: batched_mm copies an expert's weights for each
 
 
 @torch.inference_mode()

@@ -94,12 +94,18 @@ def untie(model: nn.Module, head: str) -> None:
 
 def prepare(model: nn.Module) -> None:
     """Lay every QuantLinear below ``model`` out for the fastest kernel, experts' together."""
+    # Block by block: what laying one block's experts together sets free serves the next block's.
+    for module in model.modules():
+        if isinstance(module, UnfusedExperts):
+            _prepare_linears(module)
+            module.grouped()
+    _prepare_linears(model)
+
+
+def _prepare_linears(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, QuantLinear):
             module.prepare()
-    for module in model.modules():
-        if isinstance(module, UnfusedExperts):
-            module.grouped()
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
