@@ -52,7 +52,7 @@ Tensor q_experts_cuda(const Tensor& x,
                           nullptr,
                           m,
                           type};
-  const int64_t bytes = auto_gptq_cuda_experts_bytes(&task, x.get_device_index());
+  const int64_t bytes = auto_gptq_cuda_experts_bytes(&task);
   Tensor workspace = torch::stable::new_empty(own, {bytes}, ScalarType::Byte);
   task.workspace = workspace.mutable_data_ptr();
   run_on_gpu(x, [&](void* stream) { return auto_gptq_cuda_q_experts(&task, stream); });

@@ -49,8 +49,7 @@ struct Combine {
 }  // namespace auto_gptq
 
 // Bytes of workspace for a product; pointers are not read, but whether they are null.
-AUTO_GPTQ_API int64_t auto_gptq_cuda_experts_bytes(const auto_gptq::Experts* experts,
-                                                   int32_t device);
+AUTO_GPTQ_API int64_t auto_gptq_cuda_experts_bytes(const auto_gptq::Experts* experts);
 
 // Asynchronously on a stream (a cudaStream_t) of the current GPU, of sm_80 or later.  They return
 // null, or what went wrong.

@@ -17,17 +17,13 @@ struct Row {
 };
 
 constexpr Row kTable[] = {{4, 8}, {12, 16}, {1 << 30, 64}};
-constexpr int64_t kLeastForWide = 48;
 
-ExpertsConfig choose(const Experts& task, const Device& device) {
-  if (device.sm == 90 && task.weight.run == 64 && task.m >= kLeastForWide * task.experts) {
-    return {128, 8};
-  }
+ExpertsConfig choose(const Experts& task) {
   const auto fits = [&](const Row& row) { return task.m <= row.most_per_expert * task.experts; };
   const int32_t rows = std::find_if(std::begin(kTable), std::end(kTable), fits)->rows;
   // Blocks of 32 outputs, in multiples of what the processors hold at once.
   const int64_t parts = std::min(task.experts, task.m) + task.m / rows;
-  const int64_t rounds = task.weight.n / 32 * parts / (2 * device.processors);
+  const int64_t rounds = task.weight.n / 32 * parts / (2 * current_device().processors);
   if (rows > 16) {
     return {rows, rounds < 24 ? 4 : 8};
   }
@@ -91,20 +87,14 @@ const char* gather(const Experts& task, cudaStream_t stream) {
 
 using namespace auto_gptq;
 
-int64_t auto_gptq_cuda_experts_bytes(const Experts* experts, int32_t device) {
-  if (choose(*experts, describe_device(device)).rows > 64) {
-    return wide_experts_bytes(*experts);
-  }
+int64_t auto_gptq_cuda_experts_bytes(const Experts* experts) {
   return experts->weight.perm ? 2 * experts->m * experts->weight.k : 0;
 }
 
 const char* auto_gptq_cuda_q_experts(const Experts* experts, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
   Experts task = *experts;
-  const ExpertsConfig config = choose(task, current_device());
-  if (config.rows > 64) {
-    return start_wide_experts(task, on);
-  }
+  const ExpertsConfig config = choose(task);
   if (task.weight.perm) {
     const char* failure = gather(task, on);
     if (failure) {

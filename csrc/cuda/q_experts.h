@@ -10,7 +10,7 @@ namespace auto_gptq {
 // How the work is divided.
 struct ExpertsConfig {
   int32_t rows;  // of an expert that a block takes: 8 or 16 by experts_few.cuh, 64 by
-                 // experts_many.cuh, 128 by experts_wide_sm90.cu
+                 // experts_many.cuh
   int32_t side;  // warps of a block side by side, 32 outputs each; the others share out the inputs
 };
 
@@ -18,9 +18,5 @@ const char* start_experts_2(const Experts& task, ExpertsConfig config, cudaStrea
 const char* start_experts_3(const Experts& task, ExpertsConfig config, cudaStream_t stream);
 const char* start_experts_4(const Experts& task, ExpertsConfig config, cudaStream_t stream);
 const char* start_experts_8(const Experts& task, ExpertsConfig config, cudaStream_t stream);
-
-// Many rows, sm_90 alone, runs of 64; perm is taken into account.
-const char* start_wide_experts(const Experts& task, cudaStream_t stream);
-int64_t wide_experts_bytes(const Experts& task);
 
 }  // namespace auto_gptq
