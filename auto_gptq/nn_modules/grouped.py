@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import expert_ops, native
+from ..kernels import expert_ops, native, self_test
 from .fusion import find_obstacle
 from .qlinear.linear import QuantLinear
 
@@ -138,14 +138,14 @@ def _find_device(columns: Sequence[Sequence[Any]]) -> str | None:
     if len(devices) > 1:
         return f"the experts are on {', '.join(sorted(map(str, devices)))}"
     device = devices.pop()
-    if device.type != "cuda":
-        return None
-    if not native.has_cuda():
-        return "auto_gptq/_native.so has no CUDA kernels"
-    found = torch.cuda.get_device_capability(device)
-    if found < LEAST_CAPABILITY:
-        return "{} is sm_{}{}, older than sm_{}{}".format(device, *found, *LEAST_CAPABILITY)
-    return None
+    if device.type == "cuda":
+        if not native.has_cuda():
+            return "auto_gptq/_native.so has no CUDA kernels"
+        found = torch.cuda.get_device_capability(device)
+        if found < LEAST_CAPABILITY:
+            return "{} is sm_{}{}, older than sm_{}{}".format(device, *found, *LEAST_CAPABILITY)
+    wrong = self_test.failure_of_experts(device, columns[0][0].bits)
+    return None if wrong is None else f"the self-test fails: {wrong}"
 
 
 def _find_difference(column: Sequence[Place]) -> str | None:
