@@ -17,6 +17,7 @@ from ..calibration.activations import Activations
 from ..calibration.capture import BlockCall
 from ..errors import NumericsError
 from ..nn_modules.qlinear.linear import dense_weight
+from ..nn_modules.unfused import without_padding
 from ..quantization.hessian import Hessian, Pull
 from ..quantization.precision import tensor_cores
 from ..quantization.solver import Solution, SolverOptions, by_parts, is_finite
@@ -94,7 +95,7 @@ def propagate(block: nn.Module, feed: Feed) -> None:
     :raises NumericsError: if they hold NaN or infinity
     """
     for i, (hidden, call) in enumerate(zip(feed.hidden, feed.calls, strict=True)):
-        feed.hidden[i] = run_block(block, hidden, call)
+        feed.hidden[i] = run_block(block, hidden, call, feed.keep[i])
     check_finite(feed)
 
 
@@ -106,9 +107,12 @@ def check_finite(feed: Feed) -> None:
     feed.hidden.check_finite("the block's outputs")
 
 
-def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
+def run_block(
+    block: nn.Module, hidden: Tensor, call: BlockCall, keep: Tensor | None = None
+) -> Tensor:
     """Call a block as the model did; give its hidden states."""
-    output = block(hidden, *call.args, **call.kwargs)
+    with without_padding(keep):
+        output = block(hidden, *call.args, **call.kwargs)
     if not isinstance(output, (tuple, list)):
         return output  # type: ignore[no-any-return]
     call.outputs = (None, *output[1:])
@@ -251,14 +255,14 @@ class _Collector:
         """Note the inputs of the linears in a pass of the full-precision block."""
         self._is_exact, self._waiting, self._residual = True, set(self.seen), hidden
         with suppress(_AllSeen):
-            run_block(block, hidden, call)
+            run_block(block, hidden, call, self.keep)
         self._is_exact = False
 
     def run(self, block: nn.Module, hidden: Tensor, call: BlockCall) -> None:
         self._waiting, self._residual = set(self.seen), hidden
         self._tokens = hidden.shape[:-1].numel()
         with suppress(_AllSeen):
-            run_block(block, hidden, call)
+            run_block(block, hidden, call, self.keep)
         self._is_first = False
         self._inputs.clear()
         self._exact.clear()
