@@ -3,26 +3,10 @@
 
 #include <cstdint>
 
+#include "store.cuh"
 #include "tiles.cuh"
 
 namespace auto_gptq {
-
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  if constexpr (Pairs<T>::kMantissa == 10) {
-    const __half2 v = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&v);
-  } else {
-    const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&v);
-  }
-}
-
-__device__ __forceinline__ uint32_t transpose(uint32_t pair) {
-  uint32_t result;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
-  return result;
-}
 
 template <int BITS>
 __device__ __forceinline__ LaneCodes<BITS> read_codes(const uint8_t* tile, int row_tile, int lane) {
