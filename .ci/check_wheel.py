@@ -25,6 +25,12 @@ def test_the_installed_package_is_tested_where_nothing_can_be_compiled() -> None
         assert shutil.which(compiler) is None, compiler
 
 
+def test_the_wheel_is_small() -> None:
+    """Kernels for five GPUs fit as well; .ci/run build leaves them out."""
+    (wheel,) = Path("dist").glob("auto_gptq-*-py3-none-*.whl")
+    assert wheel.stat().st_size < 60e6
+
+
 def test_the_native_library_is_there() -> None:
     assert native.load(), native.reason()
     weight = choose.Weight(torch.device("cpu"), 4, 128)
