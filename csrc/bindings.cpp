@@ -157,24 +157,11 @@ Tensor q_linear(const Tensor& x,
   const Weight weight = check_weight(qweight, qzeros, scales, g_idx, bits, zero_offset);
   const int64_t k = weight.packed.k, n = weight.packed.n;
   check_cpu("x", x);
-  check_floating("x", x.scalar_type());
-  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == k, "x is ", shape_of(x),
-                  ", but must be [..., K] with K = ", k, ".");
-  std::optional<Tensor> addend;
   if (bias) {
     check_cpu("bias", *bias);
-    check_floating("bias", bias->scalar_type());
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == n, "bias is ", shape_of(*bias),
-                    ", but must be [N] = [", n, "].");
-    addend = as_float(*bias);
   }
-
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = n;
-  int64_t m = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) {
-    m *= x.size(i);
-  }
+  const auto [shape, m] = check_operands(x, bias, k, n);
+  const std::optional<Tensor> addend = bias ? std::optional(as_float(*bias)) : bias;
   const Tensor rows = torch::stable::reshape(as_float(x), {m, k});
   // Autograd lets nobody write into a result that is a view, as PEFT's AdaLoRA does: so it is
   // allocated in its final shape.  K = 0 stays with the packed kernel, for which an empty sum is

@@ -12,6 +12,7 @@
 #include <array>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "launch.h"
 
@@ -64,6 +65,30 @@ inline void check_matrix(
   STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, name,
                   " is ", shape_of(tensor), ", but must be ", meaning, " = [", rows, ", ", columns,
                   "].");
+}
+
+// What y = x W^T is like: [..., N], of M rows in all.
+struct Rows {
+  std::vector<int64_t> shape;
+  int64_t m;
+};
+
+// Check x, [..., K], and the bias, [N], of a product with a weight [N, K]; not where they lie.
+inline Rows check_operands(const Tensor& x, const std::optional<Tensor>& bias, int64_t k, int64_t n) {
+  check_floating("x", x.scalar_type());
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == k, "x is ", shape_of(x),
+                  ", but must be [..., K] with K = ", k, ".");
+  if (bias) {
+    check_floating("bias", bias->scalar_type());
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == n, "bias is ", shape_of(*bias),
+                    ", but must be [N] = [", n, "].");
+  }
+  Rows rows{{x.sizes().begin(), x.sizes().end()}, 1};
+  rows.shape.back() = n;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) {
+    rows.m *= x.size(i);
+  }
+  return rows;
 }
 
 inline Tensor as_contiguous(const Tensor& tensor) {

@@ -112,24 +112,15 @@ Tensor q_matmul(const Tensor& x,
                 int64_t n) {
   const TiledWeight weight = check_tiled(tiles, scales, zeros, perm, bits, group_size, k, n);
   check_beside("x", x, tiles);
-  check_floating("x", x.scalar_type());
-  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == k, "x is ", shape_of(x),
-                  ", but must be [..., K] with K = ", k, ".");
-  std::optional<Tensor> addend;
   if (bias) {
     check_beside("bias", *bias, tiles);
-    check_floating("bias", bias->scalar_type());
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == n, "bias is ", shape_of(*bias),
-                    ", but must be [N] = [", n, "].");
+  }
+  const auto [shape, m] = check_operands(x, bias, k, n);
+  std::optional<Tensor> addend;
+  if (bias) {
     addend = as_contiguous(bias->scalar_type() == x.scalar_type()
                                ? *bias
                                : torch::stable::to(*bias, x.scalar_type()));
-  }
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = n;
-  int64_t m = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) {
-    m *= x.size(i);
   }
   const auto type = *data_type(x.scalar_type());
   auto_gptq::Product product{weight.tiled, nullptr, nullptr, nullptr, nullptr, m, type};

@@ -162,29 +162,20 @@ Tensor multiply(const Tensor& x,
   const TiledWeight weight = check_tiled(tiles, scales, zeros, perm, bits, group_size, k, n);
   check_cpu("tiles", tiles);
   check_beside("x", x, tiles);
-  check_floating("x", x.scalar_type());
-  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == k, "x is ", shape_of(x),
-                  ", but must be [..., K] with K = ", k, ".");
-  check_range(weight.tiled);
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = n;
-  int64_t m = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) {
-    m *= x.size(i);
+  if (bias) {
+    check_beside("bias", *bias, tiles);
   }
+  const auto [shape, m] = check_operands(x, bias, k, n);
+  check_range(weight.tiled);
   if (weight.tiled.run < kTile / 2) {
     return multiply_dense(x, weight, bias);
   }
   const Tensor rows = as_float(x);
   Tensor y = torch::stable::new_empty(rows, shape);
   auto* out = static_cast<float*>(y.mutable_data_ptr());
-  const float* add = nullptr;
   std::optional<Tensor> addend;
+  const float* add = nullptr;
   if (bias) {
-    check_beside("bias", *bias, tiles);
-    check_floating("bias", bias->scalar_type());
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == n, "bias is ", shape_of(*bias),
-                    ", but must be [N] = [", n, "].");
     addend = as_float(*bias);
     add = static_cast<const float*>(addend->const_data_ptr());
   }
