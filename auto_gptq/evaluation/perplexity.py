@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ..calibration.datasets import columns
 from ..errors import ConfigError
+from ..generation.request import cache_argument
 
 _FIRST_SCORED = 512  # as llama.cpp: in its first half at most, a window has too little context
 
@@ -130,4 +131,5 @@ class Perplexity:
             output = self._model(input_ids=chunk, use_cache=not one_go, **cache)
             yield output.logits[0]
             if not one_go:
-                cache = {"past_key_values": output.past_key_values}
+                name = cache_argument(self._model)
+                cache = {name: getattr(output, name)}

@@ -16,6 +16,7 @@ from ..kernels import native
 from ..kernels.decode_ops import decode_scratch
 from ..nn_modules.fusion import Product, product
 from ..nn_modules.qlinear.linear import QuantLinear
+from .request import cache_argument
 
 # Rotations whose angles do not depend on how long the sequence gets.
 _ROTATIONS = ("default", "linear", "llama3", "yarn")
@@ -103,9 +104,9 @@ class LlamaDecoder:
             input_ids=prompt,
             attention_mask=(place >= first[:, None]).long(),
             position_ids=position,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{cache_argument(model): cache},
         )
         layers: list[Any] = cache.layers
         for i, layer in enumerate(layers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ _STOPS = ("MaxLengthCriteria", "EosTokenCriteria")
 # Arguments for the model that the loop makes itself or that only concern transformers' own.
 _MODEL_ARGUMENTS = {
     "attention_mask",
+    "cache",
     "cache_position",
     "logits_to_keep",
     "past_key_values",
@@ -55,6 +57,12 @@ class Request:
             for name in [_name(each)]
         ]
         return (self.samples, self.padding, stops, *made)
+
+
+def cache_argument(model: Any) -> str:
+    """Give the name of a model's argument for its cache, which transformers 5.24 changed."""
+    parameters = inspect.signature(type(model).forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
 
 
 def read(
@@ -101,9 +109,10 @@ def _of_call(prompt: Tensor, config: Any, model_arguments: Mapping[str, Any]) ->
     for name, value in model_arguments.items():
         if name not in _MODEL_ARGUMENTS and value is not None:
             yield f"the model is given {name}"
-    cache = model_arguments.get("past_key_values")
-    if cache is not None and cache.get_seq_length():
-        yield "past_key_values holds tokens already"
+    for name in ("cache", "past_key_values"):
+        cache = model_arguments.get(name)
+        if cache is not None and cache.get_seq_length():
+            yield f"{name} holds tokens already"
     mask = model_arguments.get("attention_mask")
     if mask is not None and mask.shape != prompt.shape:
         yield f"attention_mask has shape {list(mask.shape)}, not that of the prompt"

@@ -9,6 +9,7 @@ import torch
 from transformers import StaticCache
 
 from auto_gptq import BaseQuantizeConfig
+from auto_gptq.generation.request import cache_argument
 from auto_gptq.kernels import choose
 from auto_gptq.modeling import BaseGPTQForCausalLM
 from auto_gptq.nn_modules.surgery import prepare
@@ -36,13 +37,12 @@ def test_a_model_compiles_without_a_break(model: Any) -> None:
 
     def logits(forward: Any) -> torch.Tensor:
         cache = StaticCache(model.config, max_cache_len=12)
-        found = [forward(input_ids=ids, past_key_values=cache).logits]
+        given = {cache_argument(model): cache}
+        found = [forward(input_ids=ids, **given).logits]
         for token in range(3, 6):
             step = torch.tensor([[token]], device=model.device)
             position = torch.tensor([[ids.shape[1] + token - 3]], device=model.device)
-            found.append(
-                forward(input_ids=step, position_ids=position, past_key_values=cache).logits
-            )
+            found.append(forward(input_ids=step, position_ids=position, **given).logits)
         return torch.cat(found, 1)
 
     with torch.inference_mode():

@@ -16,6 +16,7 @@ from transformers import TextStreamer
 from auto_gptq.architectures.decoding import LLAMA_SHAPED
 from auto_gptq.generation import generate as generation
 from auto_gptq.generation.generate import generate
+from auto_gptq.generation.request import cache_argument
 from tests.tiny import VOCABULARY, tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -198,10 +199,10 @@ def test_a_cache_that_holds_tokens_goes_on_in_transformers() -> None:
     def continued(run: Any) -> Tensor:
         from transformers import DynamicCache
 
-        cache = DynamicCache()
-        model(input_ids=ids[:, :5], past_key_values=cache)
+        given = {cache_argument(model): DynamicCache()}
+        model(input_ids=ids[:, :5], **given)
         tokens: Tensor = run(
-            input_ids=ids, past_key_values=cache, max_new_tokens=6, do_sample=False, pad_token_id=0
+            input_ids=ids, max_new_tokens=6, do_sample=False, pad_token_id=0, **given
         )
         return tokens
 

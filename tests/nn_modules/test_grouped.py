@@ -182,12 +182,14 @@ def test_whoever_watches_or_changes_a_linear_is_served(calls: list[int]) -> None
 
 
 def test_adapters_of_experts_learn(calls: list[int]) -> None:
-    from peft import LoraConfig
+    peft = pytest.importorskip("peft")
 
     from auto_gptq import get_gptq_peft_model
 
     model = laid_out("mixtral", torch.device("cpu"))
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["w2"], init_lora_weights=False)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=["w2"], init_lora_weights=False
+    )
     plain = _logits(model)
     adapted = get_gptq_peft_model(model, config, train_mode=True)
     calls.clear()
