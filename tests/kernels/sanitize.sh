@@ -16,7 +16,7 @@ for tool in "${tools[@]}"; do
     for family in "$@"; do
         start=$SECONDS
         timeout -k 5 "${LIMIT:-120}" compute-sanitizer --tool "$tool" --error-exitcode 9 \
-            --print-limit 3 --kernel-name regex:auto_gptq \
+            --print-limit 3 --kernel-name kns=auto_gptq \
             "$python" -m tests.kernels.sanitize "$family" >"$log" 2>&1
         status=$?
         summary=$(grep -h SUMMARY "$log" | tail -n 1)
