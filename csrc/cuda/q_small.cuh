@@ -3,9 +3,9 @@
 // A block owns 16 * RW outputs, and its warps share out the inputs.  A warp copies its tiles, their
 // scales and x into a ring of its own in shared memory, many tiles ahead; of weights the first ones
 // before the previous kernel has ended, because they do not depend on it.  Codes go to tensor cores
-// as raw numbers, unit * code + base; sums of x, which a product with ones gives, then take out base
-// and zero point, so that both cost nothing per weight.  Sums are of whole numbers times x; scales
-// come in once per group, in fp32.
+// as raw numbers, unit * code + base; sums of x, which a product with ones gives, then take out
+// base and zero point, so that both cost nothing per weight.  Sums are of whole numbers times x;
+// scales come in once per group, in fp32.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,83 +13,66 @@
 #include "../launch.h"
 #include "device.h"
 #include "mma.cuh"
-#include "q_small.h"
+#include "q_small_task.h"
 #include "raw.cuh"
 #include "tiles.cuh"
 
 namespace auto_gptq {
 
-struct Small {
-  const uint32_t* tiles;
-  const void* scales;
-  const uint8_t* zeros;
-  const void* x;  // in the order of the tiles
-  const void* bias;
-  void* y;
-  int32_t m, k, n;
-  int32_t scale_stride;   // N'
-  int32_t k_tiles;        // K' / 64
-  int32_t units;          // of the kernel
-  int32_t groups;         // G
-  int32_t run;            // 16, 32 or 64 places that share a scale
-  int32_t runs_of_group;  // or units
-  uint32_t group_of_run;  // multiplier: run (or unit) r is in group umulhi(2 r + 1, group_of_run)
-  int32_t scale_bytes;    // 2 or 4
-  int32_t scale_shift;    // what makes a scale's bits those of a float: 16 for bf16, 0 for fp32
-  int32_t warp_bytes;     // shared memory of a warp
-  DataType scale_type;
-};
-
-// What a stage of the ring holds: a unit of the inputs.
-enum Unit {
-  kPair,   // two tiles with one scale per output
-  kTile,   // one tile with one scale per output
-  kSteps,  // one tile whose four steps of 16 inputs have scales of their own
-};
-
-// NT: 8 rows of x each.  RW: 16 outputs each.  STAGES: units in the ring.
-template <int BITS, typename T, int NT, int RW, int STAGES, Unit UNIT>
+// NT: 8 rows of x each.  RW: 16 outputs each, of a warp.  WN: warps with other outputs that share
+// inputs.  STAGES: units in the ring.
+template <int BITS, typename T, int NT, int RW, int WN, int STAGES, Unit UNIT, Activations X>
 struct SmallKernel {
   static constexpr int kTiles = UNIT == kPair ? 2 : 1;  // of a unit
-  static constexpr int kGrids = UNIT == kSteps ? 4 : 1;
+  static constexpr int kGrids = UNIT == kSteps ? 4 : UNIT == kHalves ? 2 : 1;
+  static constexpr int kStepsOfGrid = 4 / kGrids;  // where a tile has several
   static constexpr int kTileBytes = RW * 128 * BITS;
   static constexpr int kWeightBytes = kTiles * kTileBytes;
   // Rows of x lie 16 bytes apart modulo 128, so that the 8 rows of a fragment meet no bank twice.
   static constexpr int kPitch = kTiles * 128 + 16;
+  static constexpr int kParts = NT == 1 ? kTiles : 1;  // sums that do not wait for each other
 
   // Shared memory of one stage of one warp: codes, x, scales, zeros.
   __host__ __device__ static int stage_bytes(int m, int scale_bytes, bool zeros) {
-    return kWeightBytes + m * kPitch + kGrids * 16 * RW * (scale_bytes + (zeros ? 1 : 0));
+    return x_end(m) + kGrids * 16 * RW * (scale_bytes + (zeros ? 1 : 0));
+  }
+  __host__ __device__ static int x_end(int m) {
+    return kWeightBytes + (X == kRing ? m * kPitch : 0);
   }
 
   const Small& p;
-  const int lane, first_row;  // first_row: of this block
+  const int lane, first_row, part;  // of this warp: its first output, its part of the inputs
+  char* const memory;
   char* const ring;
   const int bytes, grid_at;  // of a stage, and where its scales begin
-  int x_at;                  // where this lane's part of x begins in a stage
+  int x_at;                  // where this lane's part of x begins in a stage, or in a unit of all
 
-  __device__ SmallKernel(const Small& task, char* memory, int warp)
+  __device__ SmallKernel(const Small& task, char* shared)
       : p(task),
         lane(threadIdx.x % 32),
-        first_row(blockIdx.x * 16 * RW),
-        ring(memory + warp * task.warp_bytes),
+        first_row((blockIdx.x * WN + threadIdx.x / 32 % WN) * 16 * RW),
+        part(threadIdx.x / (32 * WN)),
+        memory(shared),
+        ring(shared + threadIdx.x / 32 * task.warp_bytes),
         bytes(stage_bytes(task.m, task.scale_bytes, task.zeros != nullptr)),
-        grid_at(kWeightBytes + task.m * kPitch) {
+        grid_at(x_end(task.m)) {
     // Rows beyond M only reach columns that nobody writes.
-    x_at = kWeightBytes + min(lane / 4, task.m - 1) * kPitch + (UNIT == kSteps ? 0 : lane % 4 * 32);
+    x_at = (X == kRing ? kWeightBytes : 0) + min(lane / 4, task.m - 1) * pitch() +
+           (kGrids > 1 ? 0 : lane % 4 * 32);
   }
+
+  __device__ __forceinline__ int pitch() const { return X == kByPerm ? p.x_pitch : kPitch; }
 
   // What a lane copies of the next unit, in pieces of 16 bytes: codes, x, and at most one piece of
   // the scales and one of the zeros.
   struct Source {
     const char* codes;
-    const char* scales;    // of the unit's group, or of the first if UNIT is kSteps
+    const char* scales;    // of the unit's group, or of the first if a unit has several
     const uint8_t* zeros;  // likewise
     bool copies_scales, copies_zeros;
     int left;  // units of this group that are still to come
     const T* x;
     int place;  // of x
-    uint64_t policy;
   };
 
   static constexpr int kLogRW = RW == 4 ? 2 : RW / 2;
@@ -105,17 +88,15 @@ struct SmallKernel {
     Source s;
     s.codes = reinterpret_cast<const char*>(p.tiles) + (of_rows + unit * kTiles) * (512 * BITS) +
               (BITS == 3 ? row_tile * 256 : row_tile * 128 * BITS) + 16 * lane;
-    const int group = UNIT == kSteps ? 0 : group_of(unit);
+    const int group = kGrids > 1 ? 0 : group_of(unit);
     const int64_t grid = static_cast<int64_t>(group) * p.scale_stride + first_row;
-    s.scales =
-        static_cast<const char*>(p.scales) + (grid << log) + (lane & ((RW << log) - 1)) * 16;
+    s.scales = static_cast<const char*>(p.scales) + (grid << log) + (lane & ((RW << log) - 1)) * 16;
     s.zeros = p.zeros + grid + lane % RW * 16;
     s.copies_scales = lane >> (kLogRW + log) < kGrids;
     s.copies_zeros = p.zeros && lane >> kLogRW < kGrids;
     s.left = (group + 1) * p.runs_of_group - unit;
     s.place = unit * (kTiles * kSide) + lane % kPieces * 8;
     s.x = static_cast<const T*>(p.x) + (lane / kPieces * p.k + s.place);
-    s.policy = evict_first();
     return s;
   }
 
@@ -123,9 +104,9 @@ struct SmallKernel {
     return min(static_cast<int>(__umulhi(2 * run + 1, p.group_of_run)), p.groups - 1);
   }
 
-  // The group of the grid, one of four, that a lane copies pieces of.
-  __device__ __forceinline__ int64_t group_of_step(int unit, int lanes_log) const {
-    return group_of((4 * unit + (lane >> lanes_log)) / (p.run / 16));
+  // The group of the grid, of the unit's several, that a lane copies pieces of.
+  __device__ __forceinline__ int64_t group_of_grid(int unit, int lanes_log) const {
+    return group_of((4 * unit + (lane >> lanes_log) * kStepsOfGrid) / (p.run / 16));
   }
 
   // Copy the weight of a unit and go on to the next.
@@ -142,19 +123,19 @@ struct SmallKernel {
           at += i < RW * 16 ? 0 : 1024 - RW * 256 - first_row / 16 % 4 * 128;
         }
         if (kCodePieces % 32 == 0 || i < kCodePieces) {
-          copy_once(to + kTileBytes * t + 512 * j, s.codes + at, s.policy);
+          copy_once(to + kTileBytes * t + 512 * j, s.codes + at, p.policy);
         }
       }
     }
     s.codes += kTiles * 512 * BITS;
     const uint32_t zeros_to = to + grid_at + (kGrids * 16 * RW << scale_log());
-    if constexpr (UNIT == kSteps) {
+    if constexpr (kGrids > 1) {
       if (s.copies_scales) {
-        const int64_t row = group_of_step(unit, kLogRW + scale_log()) * p.scale_stride;
+        const int64_t row = group_of_grid(unit, kLogRW + scale_log()) * p.scale_stride;
         copy(to + grid_at, s.scales + (row << scale_log()));
       }
       if (s.copies_zeros) {
-        copy(zeros_to, s.zeros + group_of_step(unit, kLogRW) * p.scale_stride);
+        copy(zeros_to, s.zeros + group_of_grid(unit, kLogRW) * p.scale_stride);
       }
     } else {
       if (s.copies_scales) {
@@ -189,10 +170,47 @@ struct SmallKernel {
     s.place += kTiles * kSide;
   }
 
-  using Sums = float[kTiles][RW][NT][4];
-  using Ones = float[kTiles][NT][4];
+  // Ask for the perm, which is needed as soon as x is there.
+  __device__ __forceinline__ void prefetch_perm() const {
+    for (int i = 32 * threadIdx.x; i < p.k; i += 32 * blockDim.x) {
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(p.perm + i));
+    }
+  }
 
-  // Add scale * (code - zero) x of one grid to the totals, which stay in units of Raw.
+  // Bring all of x into shared memory and there, with all warps, into the order of the tiles.
+  __device__ __forceinline__ void sort_x(const int4& first_places) const {
+    char* const sorted = memory + p.x_at;
+    char* const raw = sorted + p.m * p.x_pitch;
+    const uint4* from = static_cast<const uint4*>(p.x);
+#pragma unroll 4
+    for (int i = threadIdx.x; i < p.m * p.k / 8; i += blockDim.x) {
+      reinterpret_cast<uint4*>(raw)[i] = from[i];
+    }
+    __syncthreads();
+    int4 places = first_places;
+#pragma unroll 2
+    for (int at = 4 * threadIdx.x; at < p.k_tiles * kSide; at += 4 * blockDim.x) {
+      const int next = at + 4 * blockDim.x;
+      const int4 now = places;
+      if (next < p.k) {
+        places = *reinterpret_cast<const int4*>(p.perm + next);
+      }
+      for (int row = 0; row < p.m; ++row) {
+        const uint16_t* x = reinterpret_cast<const uint16_t*>(raw) + row * p.k;
+        uint2 v = make_uint2(0, 0);
+        if (at < p.k) {
+          v.x = x[now.x] | static_cast<uint32_t>(x[now.y]) << 16;
+          v.y = x[now.z] | static_cast<uint32_t>(x[now.w]) << 16;
+        }
+        *reinterpret_cast<uint2*>(sorted + row * p.x_pitch + 2 * at) = v;
+      }
+    }
+    __syncthreads();
+  }
+
+  using Sums = float[kParts][RW][NT][4];
+  using Ones = float[kParts][NT][4];
+
   template <bool ZEROS>
   __device__ __forceinline__ void fold(float (&total)[RW][NT][4],
                                        const Sums& sum,
@@ -218,9 +236,9 @@ struct SmallKernel {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             float all = sum[0][r][t][2 * h + i], of_x = ones[0][t][i];
-            if (kTiles == 2) {
-              all += sum[kTiles - 1][r][t][2 * h + i];
-              of_x += ones[kTiles - 1][t][i];
+            if (kParts == 2) {
+              all += sum[kParts - 1][r][t][2 * h + i];
+              of_x += ones[kParts - 1][t][i];
             }
             total[r][t][2 * h + i] += scale * (all + taken * of_x);
           }
@@ -240,16 +258,23 @@ struct SmallKernel {
     return p.scale_type == kFloat16 ? half : __uint_as_float(bits << p.scale_shift);
   }
 
-  // The B operands of a tile's four steps.
-  __device__ __forceinline__ void read_x(uint32_t (&b)[NT][8], const char* stage, int tile) const {
+  using Operands = uint32_t[NT][8];  // the B operands of a tile's four steps
+
+  // From shared memory: a stage, or a unit of all of x.
+  __device__ __forceinline__ void read_x(Operands& b, const char* unit, int tile) const {
 #pragma unroll
     for (int t = 0; t < NT; ++t) {
       int at = x_at;
       if (t == 1) {
         at += (min(8 + lane / 4, p.m - 1) - lane / 4) * kPitch;
       }
-      const char* x = stage + at + tile * 128;
-      if constexpr (UNIT == kSteps) {
+      const char* x = unit + at + tile * 128;
+      if constexpr (UNIT == kHalves) {
+        const uint4* from = reinterpret_cast<const uint4*>(x) + lane % 4;
+        const uint4 u = from[0], v = from[4];
+        b[t][0] = u.x, b[t][1] = u.y, b[t][2] = u.z, b[t][3] = u.w;
+        b[t][4] = v.x, b[t][5] = v.y, b[t][6] = v.z, b[t][7] = v.w;
+      } else if constexpr (UNIT == kSteps) {
 #pragma unroll
         for (int s = 0; s < 4; ++s) {
           const uint2 u = *reinterpret_cast<const uint2*>(x + 2 * place_of(s, lane % 4, p.run));
@@ -264,64 +289,68 @@ struct SmallKernel {
     }
   }
 
-  __device__ __forceinline__ void multiply(float (&total)[RW][NT][4], const char* stage) const {
+  // From global memory.
+  __device__ __forceinline__ void load_x(Operands& b, int tile) const {
+#pragma unroll
+    for (int t = 0; t < NT; ++t) {
+      const int row = min(8 * t + lane / 4, p.m - 1);
+      const T* x = static_cast<const T*>(p.x) + (row * p.k + tile * kSide + lane % 4 * 16);
+      const uint4 u = reinterpret_cast<const uint4*>(x)[0],
+                  v = reinterpret_cast<const uint4*>(x)[1];
+      b[t][0] = u.x, b[t][1] = u.y, b[t][2] = u.z, b[t][3] = u.w;
+      b[t][4] = v.x, b[t][5] = v.y, b[t][6] = v.z, b[t][7] = v.w;
+    }
+  }
+
+  __device__ __forceinline__ void multiply(float (&total)[RW][NT][4],
+                                           Sums& sum,
+                                           Ones& ones,
+                                           const Operands& b,
+                                           const char* stage,
+                                           int tile) const {
     const uint32_t one = Pairs<T>::constant(1.0f), all_ones[4] = {one, one, one, one};
-    Sums sum = {};
-    Ones ones = {};
+    const int part = kParts == 2 ? tile : 0;
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      uint32_t b[NT][8];
-      read_x(b, stage, tile);
-      LaneCodes<BITS> codes[RW];
+    for (int grid = 0; grid < kGrids; ++grid) {
 #pragma unroll
-      for (int r = 0; r < RW; ++r) {
-        codes[r] = read_codes<BITS>(stage + kTileBytes * tile, r, RW, lane);
-      }
-#pragma unroll
-      for (int s = 0; s < 4; ++s) {
+      for (int s = grid * kStepsOfGrid; s < (grid + 1) * kStepsOfGrid; ++s) {
 #pragma unroll
         for (int t = 0; t < NT; ++t) {
-          mma<T>(ones[tile][t], all_ones, b[t][2 * s], b[t][2 * s + 1]);
-        }
-#pragma unroll
-        for (int r = 0; r < RW; ++r) {
-          uint32_t a[4];
-          Raw<BITS, T>::operand(codes[r], s, a);
-#pragma unroll
-          for (int t = 0; t < NT; ++t) {
-            mma<T>(sum[tile][r][t], a, b[t][2 * s], b[t][2 * s + 1]);
-          }
-        }
-        if constexpr (UNIT == kSteps) {
-          if (p.zeros) {
-            fold<true>(total, sum, ones, stage, s);
-          } else {
-            fold<false>(total, sum, ones, stage, s);
-          }
-          clear(sum, ones);
+          mma<T>(ones[part][t], all_ones, b[t][2 * s], b[t][2 * s + 1]);
         }
       }
-    }
-    if constexpr (UNIT != kSteps) {
-      if (p.zeros) {
-        fold<true>(total, sum, ones, stage, 0);
-      } else {
-        fold<false>(total, sum, ones, stage, 0);
+#pragma unroll
+      for (int r = 0; r < RW; ++r) {
+        const LaneCodes<BITS> codes = read_codes<BITS>(stage + kTileBytes * tile, r, RW, lane);
+#pragma unroll
+        for (int s = grid * kStepsOfGrid; s < (grid + 1) * kStepsOfGrid; ++s) {
+          uint32_t a[4];
+          Raw<BITS, T>::operand(codes, s, a);
+#pragma unroll
+          for (int t = 0; t < NT; ++t) {
+            mma<T>(sum[part][r][t], a, b[t][2 * s], b[t][2 * s + 1]);
+          }
+        }
+      }
+      if (kGrids > 1 || tile == kTiles - 1) {
+        if (p.zeros) {
+          fold<true>(total, sum, ones, stage, grid);
+        } else {
+          fold<false>(total, sum, ones, stage, grid);
+        }
+        clear(sum, ones);
       }
     }
   }
 
   __device__ __forceinline__ static void clear(Sums& sum, Ones& ones) {
 #pragma unroll
-    for (int t = 0; t < NT; ++t) {
+    for (int i = 0; i < kParts * NT * 4; ++i) {
+      (&ones[0][0][0])[i] = 0;
+    }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        ones[0][t][i] = 0;
-#pragma unroll
-        for (int r = 0; r < RW; ++r) {
-          sum[0][r][t][i] = 0;
-        }
-      }
+    for (int i = 0; i < kParts * RW * NT * 4; ++i) {
+      (&sum[0][0][0][0])[i] = 0;
     }
   }
 
@@ -337,13 +366,32 @@ struct SmallKernel {
       }
       end_group();
     }
-    wait_for_previous_kernel();
-#pragma unroll 1
-    for (int i = 0; i < STAGES; ++i) {
-      if (first + i < last) {
-        copy_x(from, begin + i * bytes);
+    Operands held[kTiles];
+    if constexpr (X == kByPerm) {
+      prefetch_perm();
+      int4 places = make_int4(0, 0, 0, 0);
+      if (4 * static_cast<int>(threadIdx.x) < p.k) {
+        places = reinterpret_cast<const int4*>(p.perm)[threadIdx.x];
       }
-      end_group();
+      wait_for_previous_kernel();
+      sort_x(places);
+    } else if constexpr (X == kRegisters) {
+      wait_for_previous_kernel();
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        if (first < last) {
+          load_x(held[tile], first * kTiles + tile);
+        }
+      }
+    } else {
+      wait_for_previous_kernel();
+#pragma unroll 1
+      for (int i = 0; i < STAGES; ++i) {
+        if (first + i < last) {
+          copy_x(from, begin + i * bytes);
+        }
+        end_group();
+      }
     }
     float total[RW][NT][4] = {};
     uint32_t slot = begin;
@@ -354,11 +402,26 @@ struct SmallKernel {
       // after this belongs to the next STAGES - 1 units.
       wait_for_groups<STAGES - 1>();
       __syncwarp();
-      multiply(total, stage);
+      Sums sum = {};
+      Ones ones = {};
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        if constexpr (X == kRegisters) {
+          multiply(total, sum, ones, held[tile], stage, tile);
+          if (unit + 1 < last) {
+            load_x(held[tile], (unit + 1) * kTiles + tile);
+          }
+        } else {
+          read_x(held[0], X == kRing ? stage : memory + p.x_at + unit * (kTiles * 128), tile);
+          multiply(total, sum, ones, held[0], stage, tile);
+        }
+      }
       __syncwarp();
       if (unit + STAGES < last) {
         copy_weight(from, unit + STAGES, slot);
-        copy_x(from, slot);
+        if constexpr (X == kRing) {
+          copy_x(from, slot);
+        }
       }
       end_group();
       slot += bytes;
@@ -389,16 +452,19 @@ struct SmallKernel {
   }
 
   // Add up the warps' parts and write the block's outputs.
-  __device__ __forceinline__ void write(const char* memory, int warps) const {
-    for (int e = threadIdx.x; e < 16 * RW * p.m; e += blockDim.x) {
-      const int r = e % (16 * RW), m = e / (16 * RW), row = r % 16;
-      const int fragment = r / 16 * NT + m / 8, from = row % 8 * 4 + m % 8 / 2;
+  __device__ __forceinline__ void write() const {
+    constexpr int kOutputs = 16 * RW * WN;
+    const int parts = blockDim.x / (32 * WN);
+    for (int e = threadIdx.x; e < kOutputs * p.m; e += blockDim.x) {
+      const int r = e % kOutputs, m = e / kOutputs, row = r % 16;
+      const int fragment = r / 16 % RW * NT + m / 8, from = row % 8 * 4 + m % 8 / 2;
       const int at = (fragment * 32 + from) * 4 + row / 8 * 2 + m % 2;
       float value = 0;
-      for (int w = 0; w < warps; ++w) {
-        value += reinterpret_cast<const float*>(memory + w * p.warp_bytes)[at];
+      for (int i = 0; i < parts; ++i) {
+        const char* of_warp = memory + (i * WN + r / (16 * RW)) * p.warp_bytes;
+        value += reinterpret_cast<const float*>(of_warp)[at];
       }
-      const int n = first_row + r;
+      const int n = blockIdx.x * kOutputs + r;
       if (n < p.n) {
         if (p.bias) {
           value += static_cast<float>(static_cast<const T*>(p.bias)[n]);
@@ -409,87 +475,14 @@ struct SmallKernel {
   }
 };
 
-template <int BITS, typename T, int NT, int RW, int STAGES, Unit UNIT>
+template <int BITS, typename T, int NT, int RW, int WN, int STAGES, Unit UNIT, Activations X>
 __global__ void __launch_bounds__(512) q_small(const __grid_constant__ Small task) {
   extern __shared__ __align__(16) char memory[];
-  const int warp = threadIdx.x / 32, warps = blockDim.x / 32, log = __ffs(warps) - 1;
-  const SmallKernel<BITS, T, NT, RW, STAGES, UNIT> kernel(task, memory, warp);
-  kernel.run_warp(task.units * warp >> log, task.units * (warp + 1) >> log);
+  const SmallKernel<BITS, T, NT, RW, WN, STAGES, UNIT, X> kernel(task, memory);
+  const int parts = blockDim.x / (32 * WN);
+  kernel.run_warp(task.units * kernel.part / parts, task.units * (kernel.part + 1) / parts);
   __syncthreads();
-  kernel.write(memory, warps);
-}
-
-inline Small describe(const Product& product) {
-  const Tiled& weight = product.weight;
-  Small task{};
-  task.tiles = weight.tiles;
-  task.scales = weight.scales;
-  task.zeros = weight.zeros;
-  task.x = product.x;
-  task.bias = product.bias;
-  task.y = product.y;
-  task.m = static_cast<int32_t>(product.m);
-  task.k = static_cast<int32_t>(weight.k);
-  task.n = static_cast<int32_t>(weight.n);
-  task.scale_stride = (task.n + kSide - 1) / kSide * kSide;
-  task.k_tiles = (task.k + kSide - 1) / kSide;
-  task.groups = static_cast<int32_t>(weight.groups);
-  task.run = weight.run;
-  task.scale_bytes = weight.scale_type == kFloat32 ? 4 : 2;
-  task.scale_shift = weight.scale_type == kBFloat16 ? 16 : 0;
-  task.scale_type = weight.scale_type;
-  return task;
-}
-
-inline void set_groups(Small& task, int64_t runs_of_group) {
-  task.runs_of_group = static_cast<int32_t>(runs_of_group);
-  task.group_of_run = static_cast<uint32_t>(((int64_t{1} << 32) + 2 * runs_of_group - 1) /
-                                            (2 * runs_of_group));
-}
-
-template <int BITS, typename T, int NT, int RW, int STAGES, Unit UNIT>
-const char* start_small(const Product& product, int warps, cudaStream_t stream) {
-  using Kernel = SmallKernel<BITS, T, NT, RW, STAGES, UNIT>;
-  Small task = describe(product);
-  task.units = task.k_tiles / Kernel::kTiles;
-  set_groups(task, product.weight.group_size / (UNIT == kPair ? 128 : task.run));
-  const int stage = Kernel::stage_bytes(task.m, task.scale_bytes, task.zeros != nullptr);
-  const int partial = RW * NT * 512;
-  task.warp_bytes = STAGES * stage > partial ? STAGES * stage : partial;
-  const Device& device = current_device();
-  while (warps > 1 && warps * task.warp_bytes > device.shared_bytes) {
-    warps /= 2;
-  }
-  const auto kernel = q_small<BITS, T, NT, RW, STAGES, UNIT>;
-  return launch(kernel, task, task.scale_stride / (16 * RW), 32 * warps, warps * task.warp_bytes,
-                stream);
-}
-
-template <int BITS, typename T, Unit UNIT>
-const char* start_small(const Product& product, SmallConfig config, cudaStream_t stream) {
-  const int warps = config.warps;
-  if (product.m > 8) {
-    return start_small<BITS, T, 2, 2, 3, UNIT>(product, warps, stream);
-  }
-  // A lane copies one piece of the scales: too few for 64 outputs with 4 grids in fp32.
-  if constexpr (UNIT != kSteps) {
-    if (config.row_tiles == 4) {
-      return start_small<BITS, T, 1, 4, BITS < 4 ? 3 : 2, UNIT>(product, warps, stream);
-    }
-  }
-  return config.row_tiles == 1 ? start_small<BITS, T, 1, 1, 4, UNIT>(product, warps, stream)
-                               : start_small<BITS, T, 1, 2, 4, UNIT>(product, warps, stream);
-}
-
-template <int BITS, typename T>
-const char* start_small(const Product& product, SmallConfig config, cudaStream_t stream) {
-  const Tiled& weight = product.weight;
-  if (weight.run != kSide || weight.scale_type == kFloat32) {
-    return start_small<BITS, T, kSteps>(product, config, stream);
-  }
-  const bool paired = weight.group_size % 128 == 0 && (weight.k + kSide - 1) / kSide % 2 == 0;
-  return paired ? start_small<BITS, T, kPair>(product, config, stream)
-                : start_small<BITS, T, kTile>(product, config, stream);
+  kernel.write();
 }
 
 }  // namespace auto_gptq
