@@ -52,7 +52,7 @@ PHASES = {
     "packing": (pipeline, "quantized_from"),
     "before the blocks": (pipeline, "capture"),
     "sums over ranks": (dist, "all_reduce"),
-    "codes from ranks": (dist, "all_gather"),
+    "codes from ranks": (dist, "all_gather_into_tensor"),
     "agreeing": (Ranks, "all"),
 }
 

@@ -22,7 +22,7 @@ from measure import save, table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from auto_gptq.formats.grid import GridRule
-from auto_gptq.kernels import native
+from auto_gptq.kernels import gpu, native
 from auto_gptq.quantization.hessian import factorize
 from auto_gptq.quantization.precision import tensor_cores
 from auto_gptq.quantization.solver import SolverOptions, solve, squared_error
@@ -31,6 +31,11 @@ from tests.reference import plain_gptq
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
 VARIANTS = {
     "groups in order": SolverOptions(GridRule(4), 128),
+    "groups in order, signed": SolverOptions(GridRule(4, signed=True), 128),
+    "groups in order, min-max": SolverOptions(GridRule(4), 128, scale_search=False),
+    "act-order, groups in order, asymmetric": SolverOptions(
+        GridRule(4, symmetric=False), 128, act_order=True
+    ),
     "act-order, static groups": SolverOptions(GridRule(4), 128, act_order=True, static_groups=True),
     "min-max, static groups": SolverOptions(
         GridRule(4), 128, static_groups=True, scale_search=False
@@ -82,6 +87,7 @@ def with_triton() -> Iterator[bool]:
 
     names = ("solve_columns", "fit_grids")
     patches = [mock.patch.object(torch.ops.auto_gptq, n, getattr(triton_solver, n)) for n in names]
+    patches.append(mock.patch.object(gpu, "takes_matrices", lambda *_arguments: False))
     for patch in patches:
         patch.start()
     try:

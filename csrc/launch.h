@@ -65,6 +65,18 @@ struct Block {
   int32_t maxq;            // the largest code
 };
 
+// A weight as the solver gives it, all buffers contiguous:
+// W[n, k] = (code[n, k] - zero[n, g]) * scale[n, g] with g = g_idx[k].
+struct Solved {
+  const uint8_t* codes;  // [N, K]
+  const float* scales;   // [N, G]
+  const int32_t* zeros;  // [N, G]
+  const int32_t* g_idx;  // [K]
+  int64_t n;             // N < 65536
+  int64_t k;             // K
+  int64_t groups;        // G
+};
+
 // A weight in tiles of 64 x 64, auto_gptq/formats/tiles.py has the picture.  N' and K' are N and K
 // padded to whole tiles.  Inputs lie sorted by group: place k belongs to group k / group_size.
 struct Tiled {
@@ -209,6 +221,28 @@ AUTO_GPTQ_API const char* auto_gptq_cuda_fit_grids(const auto_gptq::Fit* fit, vo
 
 // At most 128 columns.
 AUTO_GPTQ_API const char* auto_gptq_cuda_solve_columns(const auto_gptq::Block* block, void* stream);
+
+// Quantize a whole matrix: all columns of the block, whose errors then are rounded to 11 bits, and
+// whose rows lie side by side.  Where fit->group_size is not 0, it must divide 128, and the grids are
+// fitted on the way, to the weights that 128 columns at a time have become.  Weight, inverse, errors
+// and their rows are aligned to 16 bytes.
+AUTO_GPTQ_API const char* auto_gptq_cuda_solve_matrix(const auto_gptq::Block* block,
+                                                      const auto_gptq::Fit* fit,
+                                                      float* loss,  // out [N]
+                                                      void* stream);
+
+// Pack codes along K, which is a multiple of 32; the codes are aligned to 16 bytes.
+AUTO_GPTQ_API const char* auto_gptq_cuda_pack_codes(const uint8_t* codes,  // [N, K]
+                                                    int64_t n,
+                                                    int64_t k,
+                                                    int32_t bits,    // 2, 3, 4 or 8
+                                                    int32_t* words,  // out [K / 32 * bits, N]
+                                                    void* stream);
+
+AUTO_GPTQ_API const char* auto_gptq_cuda_dequantize_codes(const auto_gptq::Solved* codes,
+                                                          void* weight,  // out [N, K] of type
+                                                          auto_gptq::DataType type,
+                                                          void* stream);
 
 // Choose the kernel for a product from the measured table in q_matmul.cu; pointers are not read.
 AUTO_GPTQ_API auto_gptq::Plan auto_gptq_cuda_plan(const auto_gptq::Product* product,

@@ -59,11 +59,15 @@ def pack_layer(
     bits: int,
     checkpoint_format: str = "gptq",
     scale_dtype: torch.dtype = torch.float16,
+    qweight: Tensor | None = None,
 ) -> GPTQTensors:
-    """Pack one layer's integers into checkpoint tensors."""
+    """Pack one layer's integers into checkpoint tensors.
+
+    :param qweight: the codes, where something faster has packed them already
+    """
     stored_zeros = (zeros.to(torch.int32) - ZERO_OFFSET[checkpoint_format]) & ((1 << bits) - 1)
     return GPTQTensors(
-        qweight=pack(codes.t(), bits),
+        qweight=pack(codes.t(), bits) if qweight is None else qweight,
         qzeros=pack_zeros(stored_zeros.t(), bits),
         scales=scales.t().to(scale_dtype).contiguous(),
         # Copied: linears solved together share it, and transformers saves no shared tensors.

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..architectures.decoding import LLAMA_SHAPED, BlockParts
+from ..kernels import native
 from ..kernels.decode_ops import decode_scratch
 from ..nn_modules.fusion import Product, product
 from ..nn_modules.qlinear.linear import QuantLinear
@@ -52,6 +53,7 @@ class LlamaDecoder:
     """A Llama-shaped model with a cache of fixed size."""
 
     def __init__(self, model: Any) -> None:
+        native.load()  # a dense model has nothing else that would
         config, inner = model.config, model.model
         parts = LLAMA_SHAPED[config.model_type]
         attention = inner.layers[0].self_attn

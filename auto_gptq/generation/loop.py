@@ -51,7 +51,7 @@ class Loop:
         self._tokens = torch.empty(batch, capacity, dtype=torch.long, device=device)
         self._ended = torch.empty(batch, dtype=torch.bool, device=device)
         self._graph: Any = None
-        self._made_for = request  # its processors' tensors, which a graph reads, must stay alive
+        self._made_for = request
         self._request = request
 
     def fits(self, request: Request) -> bool:
@@ -103,6 +103,7 @@ class Loop:
             return
         self._advance()
         if self._tokens.is_cuda and number >= _FIRST_STEPS:
+            self._made_for = self._request  # the graph reads its tensors: they must stay alive
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph):
                 self._advance()

@@ -76,11 +76,16 @@ def decode_attention(
     angles = cosine[position].unsqueeze(1), sine[position].unsqueeze(1)  # [B, 1, R]
     keys.index_copy_(2, length, _rotated(key, *angles).unsqueeze(2))
     values.index_copy_(2, length, value.unsqueeze(2))
-    if keys.device.type == "cpu":  # elsewhere nobody may wait for the length to be known
-        used = int(length) + 1
-        keys, values = keys[:, :, :used], values[:, :, :used]
     place = torch.arange(keys.shape[2], device=keys.device)
     mask = (place >= first[:, None]) & (place <= length)
+    if keys.device.type == "cpu":
+        used = int(length) + 1
+        keys, values, mask = keys[:, :, :used], values[:, :, :used], mask[:, :used]
+    else:
+        # Nobody may wait for the length to be known here.  What lies beyond it may be anything, and
+        # a weight of 0 does not make it harmless: 0 times NaN is NaN.
+        beyond = (place > length)[:, None]
+        keys, values = keys.masked_fill(beyond, 0), values.masked_fill(beyond, 0)
     # Heads that share a key head are rows of one product: no key is copied.
     grouped = _rotated(query, *angles).view(batch, kv_heads, -1, channels)
     attended = F.scaled_dot_product_attention(

@@ -7,6 +7,7 @@ import importlib.util
 import logging
 
 import torch
+from torch import Tensor
 
 from . import native, ops
 
@@ -33,6 +34,22 @@ def load_solver() -> None:
 
 def _has_kernel(name: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"auto_gptq::{name}", "CUDA")
+
+
+def takes_matrices(
+    weight: Tensor,  # [N, K]
+    group_size: int,  # of groups that are fitted on the way, or 0
+) -> bool:
+    """Tell whether the compiled ``solve_matrix`` serves a weight: then in one launch.
+
+    Elsewhere, and for odd shapes, plain torch goes through it in blocks of columns.
+    """
+    if not weight.is_cuda or not _has_kernel("solve_matrix"):
+        return False
+    rows, columns = weight.shape
+    regular = group_size == 0 or (group_size >= 4 and 128 % group_size == 0)
+    major, _minor = torch.cuda.get_device_capability(weight.device)
+    return regular and rows % 4 == 0 and columns % 4 == 0 and major >= 8
 
 
 @functools.cache  # what it registers lives as long as it does

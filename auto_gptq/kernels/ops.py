@@ -133,6 +133,40 @@ def _(
     return weight.new_empty(shape), weight.new_empty(shape)
 
 
+_define(
+    "solve_matrix",
+    "Tensor(a!) weight, Tensor(b!) codes, Tensor(c!) errors, Tensor inverse, Tensor(d!) scales, "
+    "Tensor(e!) zeros, Tensor group, Tensor importance, Tensor factors, int group_size, int bits, "
+    "bool symmetric, int lowest_zero, ScalarType scale_dtype",
+    reference.solve_matrix,
+)
+
+
+@torch.library.register_fake("auto_gptq::solve_matrix", lib=_library)
+def _(weight: Tensor, *_others: Any) -> Tensor:
+    return weight.new_empty(weight.shape[1])
+
+
+_define("pack_codes", "Tensor codes, int bits", reference.pack_codes)
+
+
+@torch.library.register_fake("auto_gptq::pack_codes", lib=_library)
+def _(codes: Tensor, bits: int) -> Tensor:
+    return codes.new_empty((codes.shape[1] // 32 * bits, codes.shape[0]), dtype=torch.int32)
+
+
+_define(
+    "dequantize_codes",
+    "Tensor codes, Tensor scales, Tensor zeros, Tensor g_idx, ScalarType dtype",
+    reference.dequantize_codes,
+)
+
+
+@torch.library.register_fake("auto_gptq::dequantize_codes", lib=_library)
+def _(codes: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty(codes.shape, dtype=dtype)
+
+
 # Weights in tiles (formats/tiles.py).  in_features and out_features are K and N before padding.
 _TILES = "Tensor tiles, Tensor scales, Tensor? zeros, Tensor? perm"
 _TILED = "int bits, int group_size, int in_features, int out_features"

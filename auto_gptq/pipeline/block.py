@@ -19,7 +19,7 @@ from ..errors import NumericsError
 from ..nn_modules.qlinear.linear import dense_weight
 from ..quantization.hessian import Hessian
 from ..quantization.precision import tensor_cores
-from ..quantization.solver import Solution, SolverOptions
+from ..quantization.solver import Solution, SolverOptions, by_parts, is_finite
 from .careful import solve_carefully
 from .exact import Exact, gap_before
 from .ranks import Ranks
@@ -135,18 +135,18 @@ def _solve_stacked(
     """Solve linears as one tall matrix, then part them again."""
     started = time.perf_counter()
     mean = hessian.mean()
-    weights = {name: dense_weight(linear).float() for name, linear in linears.items()}
+    weights = {name: dense_weight(linear) for name, linear in linears.items()}
     tall = torch.cat(list(weights.values()))
-    _check_weights(weights)
-    with tensor_cores():
-        pull = hessian.pull(tall) if options.correction else None
+    if not is_finite(tall):  # before it spoils what is solved with it
+        raise _damaged([name for name, weight in weights.items() if not is_finite(weight)])
     notes: list[str] = []
 
     def of_rows(rows: slice) -> Solution:
-        pulled = None if pull is None else pull[rows]
-        found, note = solve_carefully(
-            tall[rows], mean, hessian.tokens, options, pulled, ranks.row_parts
-        )
+        parts, pull = ranks.row_parts, None
+        if options.correction and hessian.is_compared:
+            with tensor_cores():
+                pull = by_parts(lambda part: hessian.pull(tall, part), rows, parts)
+        found, note = solve_carefully(tall[rows], mean, hessian.tokens, options, pull, parts)
         notes.append(note)
         return found
 
@@ -156,31 +156,25 @@ def _solve_stacked(
         raise NumericsError(f"{', '.join(linears)}: {error}") from error
     if notes[0]:
         logger.warning("%s: %s", ", ".join(linears), notes[0])
-    with tensor_cores():
-        energy = ((tall @ mean) * tall).sum(1)
     seconds = (time.perf_counter() - started) / len(linears)
     row = 0
     for name, linear in linears.items():
         rows = slice(row, row + len(weights[name]))
         part = solved.rows(rows.start, rows.stop)
-        quantized = part.dequantize().to(linear.weight.dtype)  # type: ignore[arg-type]
         with torch.no_grad():
-            dense_weight(linear).copy_(quantized)
-        lost, whole = float(part.loss.sum()), float(energy[rows].sum())
+            weight = dense_weight(linear)
+            weight.copy_(part.dequantize(weight.dtype))
+        lost, whole = torch.stack([part.loss.sum(), part.energy.sum()]).tolist()
         share = lost / whole if whole else 0.0
         yield Solved(name, part, share, hessian.tokens, seconds, notes[0])
         row = rows.stop
 
 
-def _check_weights(weights: Mapping[str, Tensor]) -> None:
-    """Find what holds NaN or infinity before it spoils what is solved with it."""
-    finite = torch.stack([torch.isfinite(weight).all() for weight in weights.values()])
-    if not finite.all():
-        bad = [name for name, good in zip(weights, finite.tolist(), strict=True) if not good]
-        raise NumericsError(
-            f"{', '.join(bad)}: The weight holds NaN or infinity. The checkpoint is damaged, or "
-            "float16 was too narrow for it: load it with torch_dtype=torch.bfloat16."
-        )
+def _damaged(names: Sequence[str]) -> NumericsError:
+    return NumericsError(
+        f"{', '.join(names)}: The weight holds NaN or infinity. The checkpoint is damaged, or "
+        "float16 was too narrow for it: load it with torch_dtype=torch.bfloat16."
+    )
 
 
 class _AllSeen(Exception):

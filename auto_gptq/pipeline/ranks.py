@@ -7,6 +7,7 @@ After that every rank has the same quantized block.
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,6 +26,11 @@ from ..quantization.solver import Solution, part_rows
 T = TypeVar("T")
 
 
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 @dataclass(frozen=True)
 class Ranks:
     """Which process this is, of how many."""
@@ -41,6 +47,7 @@ class Ranks:
             if not dist.is_torchelastic_launched():
                 return cls()
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            atexit.register(_leave)  # else NCCL complains at the end of the script
         return cls(dist.get_rank(), dist.get_world_size())
 
     @property
@@ -110,23 +117,29 @@ class Ranks:
         """Solve this rank's rows and gather the others': rows do not depend on each other."""
         parts = part_rows(rows, self.count)
         if self.count == 1 or len(parts) < self.count:
-            return solver(slice(rows))
+            return solver(slice(0, rows))
         own = solver(parts[self.rank])
         share = parts[0].stop
 
         def gathered(part: Tensor) -> Tensor:
-            padded = part.new_zeros((share, *part.shape[1:]))
-            padded[: len(part)] = part
-            parts = [torch.empty_like(padded) for _ in range(self.count)]
-            dist.all_gather(parts, padded)
-            return torch.cat(parts)[:rows]
+            padded = part.contiguous()
+            if len(part) < share:
+                padded = torch.cat([part, part.new_zeros(share - len(part), *part.shape[1:])])
+            everyone = part.new_empty(self.count * share, *part.shape[1:])
+            dist.all_gather_into_tensor(everyone, padded)
+            return everyone[:rows]
 
+        # What is small goes together.
+        columns = [own.scales, own.zeros.to(torch.float32), own.loss[:, None], own.energy[:, None]]
+        small = gathered(torch.cat(columns, 1))
+        scales, zeros, sums = small.split([own.scales.shape[1], own.zeros.shape[1], 2], 1)
         return replace(
             own,
             codes=gathered(own.codes),
-            scales=gathered(own.scales),
-            zeros=gathered(own.zeros),
-            loss=gathered(own.loss),
+            scales=scales.contiguous(),
+            zeros=zeros.to(torch.int32),
+            loss=sums[:, 0],
+            energy=sums[:, 1],
             unrounded=None if own.unrounded is None else gathered(own.unrounded),
         )
 
@@ -143,9 +156,10 @@ class Ranks:
         """Tell whether something holds on every rank."""
         if self.count == 1:
             return here
-        answers: list[bool | None] = [None] * self.count
-        dist.all_gather_object(answers, here)
-        return all(answers)
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        answer = torch.tensor(int(here), device=device)
+        dist.all_reduce(answer, dist.ReduceOp.MIN)
+        return bool(answer)
 
     def agree(self, decide: Callable[[], T]) -> T:
         """Let the first rank decide for all; its errors are raised on every rank."""

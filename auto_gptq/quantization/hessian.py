@@ -21,6 +21,10 @@ _DAMPING_GROWTH = 10
 _LEAST_RAISED_DAMPING = 1e-4
 # Triangular matrices up to this size are inverted by a triangular solve.
 _SOLVED_DIRECTLY = 256
+# The largest matrix that a GPU's library factors in about the time of its halves: waiting for one
+# column after another is what takes time there.
+_FACTORED_DIRECTLY = 4096
+_HALF_STRIPES = 4
 
 
 # Column stripes in which a Hessian is summed on a GPU: more save more of the upper half, but make
@@ -40,7 +44,7 @@ class Hessian:
     def __init__(self, size: int, device: torch.device) -> None:
         self.total = torch.zeros(size, size, dtype=torch.float32, device=device)
         self.tokens = 0
-        self._is_lower = False  # only the lower triangle of `total` counts
+        self._is_lower = False  # of each stripe of `total`, only what is left of its end counts
         self._drift: Tensor | None = None  # [size, size] sum of (exact x - x) xᵀ
         self._gap: Tensor | None = None  # [outputs, size] sum of gap xᵀ
         self._drift_tokens = 0
@@ -73,20 +77,19 @@ class Hessian:
         Only blocks on and below the diagonal are computed; :meth:`mean` mirrors them.
         """
         self._is_lower = True
-        size = self.total.shape[0]
-        step = -(-size // _STRIPES // _ALIGNED) * _ALIGNED
-        for start in range(0, size, step):
-            stripe = slice(start, start + step)
-            stop = min(start + step, size)
-            part = self.total[stripe, :stop]
-            part += torch.mm(rows[:, stripe].t(), rows[:, :stop], out_dtype=torch.float32)
+        for stripe in _stripes(len(self.total), _STRIPES):
+            part = self.total[stripe, : stripe.stop]
+            left = rows[:, stripe].t()
+            part += torch.mm(left, rows[:, : stripe.stop], out_dtype=torch.float32)
 
     def mean(self) -> Tensor:
         """Give ``[size, size]`` fp32: the mean over tokens, or zeros if none was seen."""
-        total = self.total
         if self._is_lower:
-            total = total.tril() + total.tril(-1).t()
-        return total / max(self.tokens, 1)
+            for stripe in _stripes(len(self.total), _STRIPES):
+                left = self.total[stripe, : stripe.start]
+                self.total[: stripe.start, stripe] = left.t()
+            self._is_lower = False
+        return self.total / max(self.tokens, 1)
 
     def merge(self, other: Hessian) -> None:
         """Add another one's sums, in place."""
@@ -102,7 +105,16 @@ class Hessian:
 
         :param add_others: adds to a tensor, in place, that of all other processes
         """
-        add_others(self.total)
+        # A stripe and what is left of it on its side of the diagonal: seven twelfths of the matrix.
+        stripes = [
+            self.total[stripe, : stripe.stop] for stripe in _stripes(len(self.total), _STRIPES)
+        ]
+        sent = torch.cat([stripe.flatten() for stripe in stripes])
+        add_others(sent)
+        pieces = sent.split([stripe.numel() for stripe in stripes])
+        for stripe, piece in zip(stripes, pieces, strict=True):
+            stripe.copy_(piece.view_as(stripe))
+        self._is_lower = True
         outputs = 0 if self._gap is None else len(self._gap)
         numbers = [self.tokens, self._drift_tokens, outputs, outputs > 0]
         counts = torch.tensor(numbers, device=self.total.device)
@@ -116,17 +128,30 @@ class Hessian:
                     self._gap = self.total.new_zeros(outputs // having, len(self.total))
                 add_others(self._gap)
 
-    def pull(self, weight: Tensor) -> Tensor | None:
-        """Give ``[outputs, size]`` fp32, the mean of ``(wanted - W x) xᵀ``; None without exact x.
+    @property
+    def is_compared(self) -> bool:
+        """Whether exact inputs were met."""
+        return self._drift is not None
+
+    def pull(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Give ``[outputs, size]`` fp32, the mean of ``(wanted - W x) xᵀ``, where exact x were met.
 
         Wanted is what the full-precision model puts out, ``W (exact x)``, plus the gap.
+
+        :param weight: ``[outputs, size]`` of all outputs
+        :param rows: the outputs that are asked for
         """
-        if self._drift is None:
-            return None
-        pull = weight @ self._drift
-        if self._gap is not None and self._gap.shape == pull.shape:
-            pull += self._gap
+        assert self._drift is not None
+        pull = weight[rows].to(torch.float32) @ self._drift
+        if self._gap is not None and len(self._gap) == len(weight):
+            pull += self._gap[rows]
         return pull / max(self._drift_tokens, 1)
+
+
+def _stripes(size: int, count: int) -> list[slice]:
+    """Part the rows of a symmetric matrix; of each stripe, what is on one side of it counts."""
+    step = -(-size // count // _ALIGNED) * _ALIGNED
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
@@ -179,11 +204,11 @@ def factorize(
     diagonal = torch.where(diagonal > 0, diagonal, 1.0)
     damp = damp_percent
     while damp <= 1:
-        for dtype in (torch.float32, torch.float64):
-            damped = hessian.to(dtype, copy=True)
-            damped.diagonal().copy_(diagonal + damp * diagonal.mean())
-            lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-            if failed:
+        damped_diagonal = diagonal + damp * diagonal.mean()
+        ways = [_invert_in_halves] if hessian.is_cuda and len(hessian) > _FACTORED_DIRECTLY else []
+        for invert in (*ways, _invert_factor, _invert_factor_fp64):
+            inverse = invert(hessian, damped_diagonal)
+            if inverse is None:
                 continue
             if damp > damp_percent:
                 logger.warning(
@@ -191,12 +216,97 @@ def factorize(
                     damp_percent,
                     damp,
                 )
-            return Factor(invert_upper(lower.flip(0, 1)).to(torch.float32), damp)
+            return Factor(inverse, damp)
         damp = max(damp * _DAMPING_GROWTH, _LEAST_RAISED_DAMPING)
     raise FactorizationError(
         f"The Hessian cannot be factored at any damp_percent from {damp_percent:g} to 1. "
         "Use more or more varied calibration examples."
     )
+
+
+def _invert_factor(
+    hessian: Tensor,  # [K, K]
+    diagonal: Tensor,  # [K] what takes the place of its diagonal
+    dtype: torch.dtype = torch.float32,
+) -> Tensor | None:
+    damped = hessian.to(dtype, copy=True)
+    damped.diagonal().copy_(diagonal)
+    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    return None if failed else invert_upper(lower.flip(0, 1)).to(torch.float32)
+
+
+def _invert_factor_fp64(hessian: Tensor, diagonal: Tensor) -> Tensor | None:
+    return _invert_factor(hessian, diagonal, torch.float64)
+
+
+def _invert_in_halves(
+    hessian: Tensor,  # [K, K]
+    diagonal: Tensor,  # [K] what takes the place of its diagonal
+) -> Tensor | None:
+    """Factor a large matrix by halves, which leaves most of the work to the tensor cores.
+
+    With ``H = [[A, B], [Bᵀ, C]]`` and the inverse factor V of C, ``X = B Vᵀ`` is the factor's
+    corner; what remains of A is ``A - X Xᵀ``, with inverse factor U; and the corner of the inverse
+    is ``-U X V``.  Products whose errors would be carried on are taken in 22 bits, which three
+    products in 16 bits give once the diagonal is brought to 1.
+    """
+    root = diagonal.rsqrt()
+    scaled = hessian * root[:, None]
+    scaled *= root
+    scaled.diagonal().fill_(1.0)
+    inverse = torch.zeros_like(scaled)
+    failures: list[Tensor] = []
+
+    def go_on(part: slice) -> None:
+        size = part.stop - part.start
+        if size <= _FACTORED_DIRECTLY:
+            lower, failed = torch.linalg.cholesky_ex(scaled[part, part].flip(0, 1))
+            failures.append(failed)
+            inverse[part, part] = invert_upper(lower.flip(0, 1))
+            return
+        middle = part.start + size // 2
+        upper, last = slice(part.start, middle), slice(middle, part.stop)
+        go_on(last)
+        corner = _Split.of(scaled[upper, last]).times(_Split.of(inverse[last, last]))
+        split = _Split.of(corner)
+        for stripe in _stripes(middle - part.start, _HALF_STRIPES):
+            there = slice(upper.start + stripe.start, middle)
+            rest = slice(stripe.start, None)
+            scaled[upper.start + stripe.start : upper.start + stripe.stop, there] -= split.rows(
+                stripe
+            ).times(split.rows(rest))
+        go_on(upper)
+        corner = split.high @ inverse[last, last].to(torch.float16)
+        inverse[upper, last] = torch.mm(
+            inverse[upper, upper].to(torch.float16).neg_(), corner, out_dtype=torch.float32
+        )
+
+    go_on(slice(0, len(hessian)))
+    inverse *= root
+    bad = torch.stack([*failures, (~torch.isfinite(inverse.sum())).to(failures[0].dtype)])
+    return None if bad.any() else inverse
+
+
+@dataclass(frozen=True)
+class _Split:
+    """A matrix as the sum of two in 16 bits."""
+
+    high: Tensor
+    low: Tensor
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> _Split:
+        high = matrix.to(torch.float16)
+        return cls(high, (matrix - high).to(torch.float16))
+
+    def rows(self, rows: slice) -> _Split:
+        return _Split(self.high[rows], self.low[rows])
+
+    def times(self, other: _Split) -> Tensor:
+        """Multiply by the other's transpose; what both leave out of 16 bits is left out."""
+        left = torch.cat([self.high, self.high, self.low], 1)
+        right = torch.cat([other.high, other.low, other.high], 1)
+        return torch.mm(left, right.t(), out_dtype=torch.float32)
 
 
 def invert_upper(matrix: Tensor) -> Tensor:

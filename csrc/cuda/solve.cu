@@ -1,11 +1,8 @@
 // The two inner loops of the solver on a GPU: fitting grids to groups, and the GPTQ column loop.
 //
 // Compiled with contraction of a*b+c left on, like torch's own kernels, and with exact division.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include "../launch.h"
+#include "device.h"
+#include "solve.cuh"
 
 namespace auto_gptq {
 namespace {
@@ -14,36 +11,6 @@ namespace {
 
 constexpr int kFitOutputs = 32;  // outputs per block: the threads of a warp, so loads are contiguous
 constexpr int kFitFactors = 16;  // factors tried at the same time, one per warp
-
-// Round a scale to the dtype of the checkpoint; 0 becomes 1, so that nobody divides by it.
-__device__ float storable(float scale, int type) {
-  if (!(scale > 0.0f)) return 1.0f;
-  if (type == kFloat16) {
-    return __half2float(__float2half_rn(fminf(fmaxf(scale, 0x1p-24f), 65504.0f)));
-  }
-  if (type == kBFloat16) {
-    return __bfloat162float(__float2bfloat16_rn(fminf(fmaxf(scale, 0x1p-133f), 0x1.fep127f)));
-  }
-  return fminf(fmaxf(scale, 0x1p-149f), 0x1.fffffep127f);
-}
-
-// The grid over a share of [least, most], a range that includes 0; a negative share mirrors it and
-// gives a negative scale.  formats/grid.py says the same in Python.
-__device__ void span(
-    const Fit& fit, float least, float most, float factor, float& scale, float& zero) {
-  const float maxq = static_cast<float>((1 << fit.bits) - 1);
-  const float lowest = fminf(least * factor, most * factor);
-  const float highest = fmaxf(least * factor, most * factor);
-  if (fit.symmetric) {
-    scale = storable(fmaxf(-lowest, highest) * (2.0f / maxq), fit.scale_type);
-    zero = (maxq + 1.0f) / 2.0f;
-  } else {
-    const float low = static_cast<float>(fit.lowest_zero);
-    scale = storable(fmaxf((highest - lowest) / maxq, highest / (maxq - low)), fit.scale_type);
-    zero = fminf(fmaxf(rintf(-lowest / scale), low), maxq);
-  }
-  scale = factor > 0.0f ? scale : -scale;
-}
 
 // One block: one group of columns, kFitOutputs outputs; thread (x, y) tries factor y on output x.
 __global__ void fit_grids_kernel(Fit fit) {
@@ -69,10 +36,11 @@ __global__ void fit_grids_kernel(Fit fit) {
   for (int f = threadIdx.y; f < fit.candidates; f += kFitFactors) {
     float scale, zero, error = 0.0f;
     span(fit, lowest, highest, fit.factors[f], scale, zero);
+    const float inverse = __frcp_rn(scale);
 #pragma unroll 8
     for (int64_t i = first; i < last; ++i) {
       const float w = weight[i * fit.weight_stride];
-      const float code = fminf(fmaxf(rintf(w / scale) + zero, 0.0f), maxq);
+      const float code = fminf(fmaxf(rintf(w * inverse) + zero, 0.0f), maxq);
       const float missed = w - (code - zero) * scale;
       error += fit.importance[i] * (missed * missed);
     }
@@ -184,10 +152,6 @@ __global__ void __launch_bounds__(kThreads) solve_columns_kernel(Block block) {
       }
     }
   }
-}
-
-const char* outcome(cudaError_t error) {
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 }  // namespace

@@ -128,6 +128,8 @@ def test_decode_attention_agrees_with_fp64(
             out = ops.decode_attention(**case, partial=partial, arrived=arrived)
             assert (out.cpu().double() - wanted).abs().max() < 2 * tolerance(dtype)
     assert (arrived == 0).all()
+    plain = decode_ops.decode_attention(**case, partial=partial, arrived=arrived)
+    assert (plain.cpu().double() - wanted).abs().max() < 2 * tolerance(dtype)
     used = slice(0, int(case["length"]) + 1)
     for held, right in ((case["keys"], keys), (case["values"], values)):
         difference = (held.cpu().double() - right)[:, :, used].abs()

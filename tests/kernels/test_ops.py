@@ -156,3 +156,28 @@ def test_the_gradient_is_that_of_a_dense_layer(device: torch.device) -> None:
     torch.nn.functional.linear(x, weight, bias).square().sum().backward()
     assert torch.allclose(found[0], x.grad, rtol=1e-4, atol=1e-4)  # type: ignore[arg-type]
     assert torch.allclose(found[1], bias.grad, rtol=1e-4, atol=1e-4)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_integers_of_the_solver_are_packed_and_dequantized_as_by_plain_torch(
+    bits: int, device: torch.device
+) -> None:
+    native.load()
+    codes = torch.randint(0, 1 << bits, (N, K), dtype=torch.uint8, device=device)
+    scales = torch.randn(N, 3, device=device)
+    zeros = torch.randint(0, 1 << bits, (N, 3), dtype=torch.int32, device=device)
+    g_idx = torch.randint(0, 3, (K,), dtype=torch.int32, device=device)
+    torch.library.opcheck(OPS.pack_codes, (codes, bits))
+    assert torch.equal(OPS.pack_codes(codes, bits), reference.pack_codes(codes, bits))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        given = codes, scales, zeros, g_idx, dtype
+        torch.library.opcheck(OPS.dequantize_codes, given)
+        assert torch.equal(OPS.dequantize_codes(*given), reference.dequantize_codes(*given))
+
+
+def test_opcheck_of_solving_a_matrix(device: torch.device) -> None:
+    native.load()
+    block = _block(device)
+    rest = torch.rand(40, device=device), torch.ones(1, device=device), 0, 4, True, 1
+    del block["maxq"]
+    torch.library.opcheck(OPS.solve_matrix, (*block.values(), *rest, torch.float16))

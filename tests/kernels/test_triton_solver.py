@@ -58,8 +58,9 @@ def test_fit_grids(symmetric: bool, bits: int, scale_dtype: torch.dtype, on: tor
     arguments[0][GROUP : 2 * GROUP, 3] = 0  # a group of zeros
     found = triton_solver.fit_grids(*arguments)
     expected = reference.fit_grids(*arguments)
-    differing = (found[0] != expected[0]) | (found[1] != expected[1])
-    assert differing.float().mean() < 0.01  # equal errors, summed in another order
+    # A GPU's plain torch divides by a number as it multiplies by its inverse.
+    same = torch.isclose(found[0], expected[0], rtol=1e-6) & (found[1] == expected[1])
+    assert (~same).float().mean() < 0.01  # equal errors, summed in another order
     assert found[0][1, 3] == 1
 
 

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from auto_gptq.errors import NumericsError
+from auto_gptq.errors import FactorizationError, NumericsError
 from auto_gptq.formats.grid import GridRule
 from auto_gptq.quantization.hessian import Hessian, factorize, invert_upper
 from auto_gptq.quantization.solver import (
@@ -222,3 +222,55 @@ def test_products_of_16_bit_inputs_are_summed_without_rounding_them(
     exact = x.double().t() @ x.double() / 300
     assert torch.allclose(hessian.mean().double(), exact, rtol=1e-4, atol=1e-5)
     assert torch.equal(hessian.mean(), hessian.mean().t())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [32, 4300, 17024])
+@pytest.mark.parametrize("options", SETTINGS)
+def test_a_gpu_finds_what_the_cpu_finds(options: SolverOptions, rows: int) -> None:
+    """TF32 products move a few codes over an edge, and change the error by less than 0.1 %."""
+    weight, hessian = _layer(rows, 480 if rows < 10000 else 160)
+    expected = solve(weight, hessian, options)
+    found = solve(weight.cuda(), hessian.cuda(), options)
+    assert (found.codes.cpu() == expected.codes).float().mean() > 0.97
+    assert torch.equal(found.g_idx.cpu(), expected.g_idx)
+    few = 1e-2 if rows < 100 else 2e-3
+    assert float(found.loss.sum()) == pytest.approx(float(expected.loss.sum()), rel=few)
+    lost = squared_error(weight, found.dequantize().cpu(), hessian)
+    assert float(lost) == pytest.approx(
+        float(squared_error(weight, expected.dequantize(), hessian)), rel=few
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", SETTINGS)
+def test_a_gpu_finds_for_half_the_rows_what_it_finds_for_all(options: SolverOptions) -> None:
+    """Ranks solve some rows each, and must find what one process finds."""
+    weight, hessian = (x.cuda() for x in _layer(17024, 1440))
+    whole = solve(weight, hessian, options, parts=2)
+    for start, stop in [(0, 8512), (8512, 17024)]:
+        part = solve(weight[start:stop], hessian, options)
+        rows = whole.rows(start, stop)
+        assert torch.equal(part.codes, rows.codes)
+        assert torch.equal(part.scales, rows.scales)
+        assert torch.equal(part.loss, rows.loss)
+
+
+@pytest.mark.gpu
+def test_a_large_hessian_is_factored_by_halves() -> None:
+    size = 5000
+    x = torch.randn(6000, size, device="cuda") * torch.linspace(0.1, 3, size, device="cuda")
+    x[:, 7] = 300 * x[:, 8] + x[:, 7]
+    hessian = x.t() @ x
+    damped = hessian.double()
+    damped.diagonal().add_(0.01 * damped.diagonal().mean())
+    root = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+    expected = torch.linalg.inv(root)
+    found = factorize(hessian, 0.01).inverse.double()
+    assert found.is_contiguous()
+    assert torch.equal(found, found.triu())
+    assert (found - expected).norm() < 2e-3 * expected.norm()
+    hessian[3, 3] = -1e6  # cannot be factored by halves, nor at all
+    hessian[3, 4] = hessian[4, 3] = 1e7
+    with pytest.raises(FactorizationError):
+        factorize(hessian, 0.01)

@@ -153,6 +153,7 @@ class QuantLinear(PackedWeight, nn.Linear):
             bits=self.bits,
             checkpoint_format=self.checkpoint_format,
             scale_dtype=self.scales.dtype,
+            qweight=torch.ops.auto_gptq.pack_codes(codes.to(torch.uint8), self.bits),
         )
         self.load_packed(packed, bias)
 
