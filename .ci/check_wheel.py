@@ -45,7 +45,8 @@ def test_layers_multiply(bits: int) -> None:
         torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
         layer.prepare()
         assert layer.is_prepared
-        torch.testing.assert_close(layer(x), expected, rtol=1e-3, atol=1e-2)
+        # In 15 bits; an output that cancels out is no smaller in its error than the others.
+        assert (layer(x) - expected).norm() < 2e-4 * expected.norm()
         layer.restore()
 
 

@@ -65,9 +65,9 @@ def avx2_product(x: Tensor, tiles: Tensor, scales: Tensor) -> Callable[[], Any]:
     """Call the AVX2 kernel itself, as the operator would on a machine without AVX-512."""
     library = ctypes.CDLL(str(native._LIBRARY))
     m = x.shape[0]
-    few, unit, kinds = int(m <= 4), 2, (ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p)
+    few, unit, kinds = int(m <= 32), 2, (ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p)
     buffers = [torch.zeros(m, K // 64, 2, 64, dtype=torch.int8), torch.zeros(m, K // 64, 2)]
-    buffers.append(torch.zeros(m, K // 64, 2))
+    buffers += [torch.zeros(m, K // 64, 2), torch.zeros(m, K // 64, 8, dtype=torch.int32)]
     y = torch.zeros(m, N)
 
     def pack(*fields: tuple[int, int]) -> Any:

@@ -1,5 +1,7 @@
 """Tokens per second of ``generate``, batch 1, greedy: 4-bit weights here beside fp16 elsewhere.
 
+Beside them the tokens per second of a long prompt, the logits of its last token only.
+
 The models have the shapes of real ones and random weights, which are as fast. Every row is made in
 the same run on the same device. On a CPU: ``--model smollm2-135m --tokens 64``.
 """
@@ -101,7 +103,22 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
+def prompt_per_second(model: Any, tokens: int, repeats: int, device: torch.device) -> float:
+    """Give the median of prompt tokens per second, after a prompt that does not count."""
+    prompt = torch.randint(3, 500, (1, tokens), device=device)
+    speeds = []
+    with torch.inference_mode():
+        for _ in range(repeats + 1):
+            _wait()
+            started = time.perf_counter()
+            model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+            _wait()
+            speeds.append(tokens / (time.perf_counter() - started))
+    return statistics.median(speeds[1:])
+
+
 PROMPT = 16
+LONG_PROMPT = 512
 
 
 def rows(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -123,6 +140,13 @@ def rows(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str
             "runs": repeats, "tokens/s": speed,
         }  # fmt: skip
 
+    def prompt_row(weights: str) -> dict[str, Any]:
+        speed = prompt_per_second(model, LONG_PROMPT, 3, device)
+        return {
+            "weights": weights, "loop": f"prompt of {LONG_PROMPT} tokens", "batch": 1,
+            "new tokens": 0, "runs": 3, "tokens/s": speed,
+        }  # fmt: skip
+
     model = build(options.model, device, dtype, options.bits)
 
     def here(**asked: Any) -> torch.Tensor:
@@ -133,6 +157,13 @@ def rows(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str
     yield row(ours, "auto_gptq, sampled", here, options.tokens, **sampled)
     yield row(ours, "auto_gptq", here, options.tokens, batch=8)
     yield row(ours, "transformers", model.generate, few)
+    yield prompt_row(ours)
+    if device.type == "cpu":
+        for module in model.modules():
+            if isinstance(module, QuantLinear):
+                module.int8_activations = True
+        yield prompt_row(f"{ours}, int8 activations")
+        yield row(f"{ours}, int8 activations", "auto_gptq", here, options.tokens)
     if device.type == "cuda":
         options.parts = parts(model, PROMPT + options.tokens // 2)
     del model
@@ -142,6 +173,7 @@ def rows(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str
         model = build(options.model, device, dtype, None)
         yield row(name, "transformers", model.generate, few)
         yield row(name, "auto_gptq", here, options.tokens)
+        yield prompt_row(name)
         if options.compiled:
             static = {"cache_implementation": "static"}
             yield row(name, "transformers, compiled", model.generate, options.tokens, **static)

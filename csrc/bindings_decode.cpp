@@ -102,6 +102,38 @@ Tensor gate(const Tensor& gate_up, bool gelu) {
   return out;
 }
 
+// Up to this many rows wait for the weight to come from memory; more are torch's.
+constexpr int64_t kFewRows = 8;
+
+Tensor dense_matmul(const Tensor& x, const Tensor& weight) {
+  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1), "x is ",
+                  shape_of(x), " and weight is ", shape_of(weight),
+                  ", but they must be [rows, K] and [N, K].");
+  check_cpu("weight", weight);
+  const int64_t m = x.size(0), n = weight.size(0), k = x.size(1);
+#ifdef __x86_64__
+  const auto type = data_type(weight.scalar_type());
+  if (m <= kFewRows && k % 8 == 0 && type && weight.is_contiguous() &&
+      auto_gptq_cpu_best_isa() >= auto_gptq::kAvx2) {
+    check_floating("x", x.scalar_type());
+    const Tensor rows = as_float(x);
+    Tensor y = torch::stable::new_empty(rows, {m, n});
+    const auto_gptq::Dense task{static_cast<const float*>(rows.const_data_ptr()),
+                                weight.const_data_ptr(),
+                                static_cast<float*>(y.mutable_data_ptr()),
+                                m,
+                                n,
+                                k,
+                                *type};
+    torch::stable::parallel_for(0, n, rows_per_thread(k), [&](int64_t begin, int64_t end) {
+      auto_gptq_cpu_multiply_dense(&task, begin, end);
+    });
+    return y.scalar_type() == x.scalar_type() ? y : torch::stable::to(y, x.scalar_type());
+  }
+#endif
+  return linear(x, weight, std::nullopt);
+}
+
 // On the CPU what the places are is known here; on a GPU only the kernel sees them.
 void check_places(const auto_gptq::DecodeAttention& task) {
   const int64_t length = *task.length;
@@ -246,6 +278,7 @@ void append_best(const Tensor& logits,
 STABLE_TORCH_LIBRARY_IMPL(auto_gptq, CPU, m) {
   m.impl("add_norm", TORCH_BOX(&add_norm));
   m.impl("gate", TORCH_BOX(&gate));
+  m.impl("dense_matmul", TORCH_BOX(&dense_matmul));
   m.impl("decode_attention", TORCH_BOX(&decode_attention));
 }
 

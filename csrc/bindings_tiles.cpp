@@ -67,7 +67,10 @@ Tensor dequantize_tiles(const Tensor& tiles,
 
 // Bytes of dense weight that exist at once where there are many rows of x: they stay in the L2 cache
 // between the kernel that writes them and the product that reads them.
-constexpr int64_t kPanelBytes = 16 << 20;
+constexpr int64_t kPanelBytes = 32 << 20;
+
+// Outputs of a panel are a multiple of this, or cuBLAS would leave multiprocessors idle.
+constexpr int64_t kPanelStep = 256;
 
 // From so many rows on, panels cost less than they save (measured on an H100).
 constexpr int64_t kRowsForPanels = 2048;
@@ -77,8 +80,9 @@ Tensor multiply_panels(const TiledWeight& weight,
                        const Tensor& x,                      // [M, K]
                        const std::vector<int64_t>& shape) {  // of the result, M * N in all
   const int64_t k = weight.tiled.k, n = weight.tiled.n;
-  const int64_t width =
-      std::max<int64_t>(kPanelBytes / static_cast<int64_t>(x.element_size()) / k / kTile, 1) * kTile;
+  const int64_t panel_size = static_cast<int64_t>(x.element_size()) * k * n;
+  const int64_t panels = (panel_size + kPanelBytes - 1) / kPanelBytes;
+  const int64_t width = (n / panels + kPanelStep - 1) / kPanelStep * kPanelStep;
   Tensor y = torch::stable::new_empty(x, shape);
   Tensor rows = torch::stable::view(y, {x.size(0), n});
   for (int64_t begin = 0; begin < n; begin += width) {

@@ -33,6 +33,17 @@ struct Gate {
   DataType type;
 };
 
+// y = x W^T for a dense weight.
+struct Dense {
+  const float* x;      // [M, K]
+  const void* weight;  // [N, K] of type
+  float* y;            // out [M, N]
+  int64_t m;
+  int64_t n;
+  int64_t k;  // a multiple of 8
+  DataType type;
+};
+
 // Put the token of the highest logit, of equal ones the first, at the end of each row.
 struct AppendBest {
   const void* logits;     // [B, V]
@@ -116,3 +127,8 @@ AUTO_GPTQ_API void auto_gptq_cpu_decode_attend(const auto_gptq::DecodeAttention*
                                                int64_t begin,
                                                int64_t end,
                                                auto_gptq::Isa isa);
+
+// Write columns [begin, end) of y.  Only on x86-64, and only with AVX2.
+AUTO_GPTQ_API void auto_gptq_cpu_multiply_dense(const auto_gptq::Dense* task,
+                                                int64_t begin,
+                                                int64_t end);

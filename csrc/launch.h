@@ -98,11 +98,13 @@ struct Tiled {
 struct Rounded {
   int64_t m;      // M
   int32_t terms;  // 1: numbers of 8 bits.  2: numbers of 15 bits, 128 h + l
-  int32_t few;    // 1: in the order for few rows, which takes two terms
-  int32_t unit;   // tiles that share a scale, 1 or 2; with one term each half has its own
+  int32_t few;    // 1: in the order for few rows; with 8 bits these take two terms
+  int32_t unit;   // tiles that share a scale, 1 or 2; one term of many rows: each half has its own
   int8_t* codes;  // [M, K' / 64, terms, auto_gptq_cpu_bytes_of_x()]
   float* scales;  // [M, K' / 64, 2]
   float* sums;    // [M, K' / 64, 2] sums of x as it is after rounding
+  int32_t* shifts;  // [M, K' / 64, 8] few rows of one term: words i and i + 8 of a tile, and those of
+                    // the unit's second tile, are to be shifted to the left
 };
 
 // y = x W^T + bias on a GPU.

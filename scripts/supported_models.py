@@ -2,95 +2,114 @@
 
 Each is built at random from its shrunk configuration, quantized to 4 bits, saved, loaded by
 ``AutoGPTQForCausalLM.from_quantized`` and by transformers, and its logits compared with those of
-its dequantized twin. Takes about ten minutes on one core.
+its dequantized twin; what is not quantized has to come back in every bit. What is found goes into
+``benchmarks/results/supported_models.json``, so that single types can be tried anew; the page is
+made of that. All take about fifteen minutes on one core.
 
-    python scripts/supported_models.py [--write] [TYPE ...]
+    python scripts/supported_models.py [--senses] [--write] [TYPE ...]
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 import tempfile
-from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.zoo import Trip, round_trip  # noqa: E402 (the path has to be set before)
+from tests.zoo import SENSES, TEXT, round_trip  # noqa: E402 (the path has to be set before)
 
 PAGE = ROOT / "docs" / "reference" / "supported-models.md"
-# Largest difference of logits, as a share of the largest one: CPU kernels round activations to 15
-# bits, by 3e-5 of the largest each.
-MOST = 5e-4
+RESULTS = ROOT / "benchmarks" / "results" / "supported_models.json"
+_TIMM = "its vision tower needs the library timm"
+_IMAGE = "each of its inputs needs an image in a form of its own"
 # Why a type is not even tried.
 NOT_TRIED = {
-    "blt": "its parts have configurations of their own, which the shrinking does not know",
-    "dots3_note": "its configuration overrides sizes layer by layer, which cannot be shrunk",
-    "dots3_note_text": "its configuration overrides sizes layer by layer, which cannot be shrunk",
-    "gemma3n": "its vision tower needs the library timm; its text model is `gemma3n_text`",
-    "gemma4_assistant": "drafts for another model, whose keys and values it reads",
-    "gemma4_unified_assistant": "drafts for another model, whose keys and values it reads",
-    "musicgen": "`AutoModelForCausalLM` cannot build it from its own configuration",
-    "musicgen_melody": "`AutoModelForCausalLM` cannot build it from its own configuration",
-    "reformer": "its blocks hand on two streams, and only by name",
+    TEXT: {
+        "gemma3n": f"{_TIMM}; its text model is `gemma3n_text`",
+        "gemma4_assistant": "drafts for another model, whose keys and values it reads",
+        "gemma4_unified_assistant": "drafts for another model, whose keys and values it reads",
+        "musicgen": "`AutoModelForCausalLM` cannot build it from its own configuration",
+        "musicgen_melody": "`AutoModelForCausalLM` cannot build it from its own configuration",
+        "reformer": "its blocks hand on two streams, and only by name",
+    },
+    SENSES: {
+        **dict.fromkeys(("fast_vlm", "gemma3n", "perception_lm"), _TIMM),
+        **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo", "idefics"), _IMAGE),
+        **dict.fromkeys(("kosmos-2", "pix2struct", "udop", "vision-encoder-decoder"), _IMAGE),
+        "diffusion_gemma": "fills blocks of tokens in, not one after another",
+        "evolla": "`AutoModelForMultimodalLM` cannot build it from its own configuration",
+        "granite4_vision": "its projectors have sizes that the shrinking does not know",
+        "inkling_mm_model": "needs the library scipy; `inkling_text` is its text model",
+        "kyutai_speech_to_text": "its codec has sizes that the shrinking does not know",
+        "nemo_speechlm": "transformers itself builds another one from the configuration it saved",
+        "pi0": "moves robots",
+        "qwen2_5_omni": "has no forward; what makes text is `qwen2_5_omni_thinker`",
+        "qwen2_5_omni_thinker": "its configuration lacks sizes that the shrinking does not know",
+        "qwen3_omni_moe": "has no forward; what makes text is `qwen3_omni_moe_thinker`",
+        "shieldgemma2": "judges images; the model inside is `gemma3`",
+        "t5gemma2": "too large: its configuration cannot be shrunk",
+        "vibevoice_asr": "too large: its configuration cannot be shrunk",
+        "voxtral_realtime": "each of its inputs needs sound",
+    },
 }
 
 
 def main() -> int:
-    """Try the types, print what comes of them, and write the page."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("types", nargs="*")
-    parser.add_argument("--write", action="store_true", help=f"write {PAGE.relative_to(ROOT)}")
-    options = parser.parse_args()
-    logging.disable(logging.WARNING)
-    types = options.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    trips: dict[str, Trip] = {}
-    failures: dict[str, str] = {}
-    for model_type in types:
-        if model_type in NOT_TRIED:
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                trip = round_trip(model_type, Path(folder), by_transformers=True)
-            except Exception as error:
-                failures[model_type] = f"{type(error).__name__}: {error}".split("\n", 1)[0]
-                print(model_type, failures[model_type], flush=True)
-                continue
-        if trip.by_us > MOST:
-            failures[model_type] = f"logits differ by {trip.by_us:.1e} of the largest"
-        else:
-            trips[model_type] = trip
-        print(model_type, trip.by_us, trip.by_transformers, trip.quantized, flush=True)
-    print(summary(types, trips))
-    if options.write:
-        PAGE.write_text(page(types, trips, failures), encoding="utf-8")
-    return 0
-
-
-def summary(types: Iterable[str], trips: dict[str, Trip]) -> str:
-    """Count in a sentence."""
-    both = sum(is_good(trip.by_transformers) for trip in trips.values())
-    return (
-        f"Of {len(list(types))} types, {len(trips)} come back through `from_quantized` with the "
-        f"logits of their dequantized twins, {both} of them through transformers as well."
-    )
-
-
-def is_good(difference: float | str | None) -> bool:
-    """Tell whether a difference is one of rounding."""
-    return isinstance(difference, float) and difference <= MOST
-
-
-def page(types: list[str], trips: dict[str, Trip], failures: dict[str, str]) -> str:
-    """Write the page."""
+    """Try the types, keep and print what comes of them, and write the page."""
     import torch
     import transformers
 
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("types", nargs="*")
+    parser.add_argument("--senses", action="store_true", help="the types that see or hear")
+    parser.add_argument("--write", action="store_true", help=f"write {PAGE.relative_to(ROOT)}")
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    auto = SENSES if options.senses else TEXT
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results |= {"transformers": transformers.__version__, "torch": torch.__version__}
+    for model_type in options.types or all_types(auto):
+        if model_type in NOT_TRIED[auto]:
+            continue
+        results.setdefault(auto, {})[model_type] = found = tried(model_type, auto)
+        print(model_type, found, flush=True)
+        RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    if options.write:
+        PAGE.write_text(page(results), encoding="utf-8")
+    return 0
+
+
+def all_types(auto: str) -> list[str]:
+    """Give the types that one of transformers' automatic classes builds."""
+    from transformers.models.auto import modeling_auto
+
+    kind = {TEXT: "CAUSAL_LM", SENSES: "MULTIMODAL_LM"}[auto]
+    return sorted(getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES"))
+
+
+def tried(model_type: str, auto: str) -> dict[str, Any]:
+    """Give what came of one type: the trip's figures, or ``failure``."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            trip = round_trip(model_type, Path(folder), by_transformers=True, auto=auto)
+        except Exception as error:  # whatever it is goes into the table
+            return {"failure": f"{type(error).__name__}: {error}".split("\n", 1)[0]}
+    if not trip.is_good(trip.by_us):
+        return {"failure": f"logits differ by {trip.by_us:.1e} of the largest"}
+    kinds = (name.removeprefix(f"{trip.blocks}.").partition(".")[2] for name in trip.dense)
+    good = trip.is_good(trip.by_transformers)
+    return asdict(trip) | {"dense": list(dict.fromkeys(kinds)), "good": good}
+
+
+def page(results: dict[str, Any]) -> str:
+    """Write the page."""
     from auto_gptq.architectures.find import model_types
 
     lines = [
@@ -101,39 +120,66 @@ def page(types: list[str], trips: dict[str, Trip], failures: dict[str, str]) -> 
         "A model is quantized if it has a list of repeated blocks with linear layers in them. Its "
         "blocks, their linears, the order in which these run and which of them read the same input "
         "are found by running one block on a few tokens; nothing has to be known about it. "
-        "`auto-gptq inspect MODEL` shows what is found. A model with a row in "
-        "`auto_gptq/architectures/table.py` is not looked at first; these types have one:",
+        "`auto-gptq inspect MODEL` shows what is found. So do models that bring their own code "
+        "(`trust_remote_code=True`); the code is saved along with the checkpoint. A model with a "
+        "row in `auto_gptq/architectures/table.py` is not looked at first, if the row suits it; "
+        "these types have one:",
         "",
         ", ".join(f"`{name}`" for name in sorted(model_types())) + ".",
         "",
-        "## Tried",
-        "",
-        summary(types, trips),
-        f"With transformers {transformers.__version__} and torch {torch.__version__}, "
-        "on the CPU: a random model of two or so blocks made from the type's own configuration, "
-        "every size in it made small, quantized to 4 bits with groups of 32.",
+        f"With transformers {results['transformers']} and torch {results['torch']}, on the CPU, "
+        "the script took a random model of two or so blocks made from each type's own "
+        "configuration, every size in it made small, and quantized it to 4 bits with groups of 32.",
         "",
         "*Linears* counts what was packed, *experts* those of them in mixtures of experts. *Dense* "
         "are linears inside the blocks that stay as they are: routers, what does not run on text "
         "alone, and shapes that are no multiples of 32, of which a tiny model has more than a real "
         "one.",
         "",
-        "| type | blocks | linears | experts | dense | loaded by transformers |",
-        "|---|---|---|---|---|---|",
+        "## Models of text",
+        "",
+        *_table(results, TEXT),
+        "## Models that see or hear",
+        "",
+        "Of these the part that makes text is quantized; all else comes back in every bit. *Image* "
+        "says whether an image was among what the tiny model was calibrated and compared on; the "
+        "others were given text alone, because their processors do more than the script can.",
+        "",
+        *_table(results, SENSES),
     ]
-    for name, trip in trips.items():
-        theirs = "yes" if is_good(trip.by_transformers) else _shortened(str(trip.by_transformers))
-        if isinstance(trip.by_transformers, float) and not is_good(trip.by_transformers):
-            theirs = f"logits differ by {trip.by_transformers:.0e}"
-        kinds = ", ".join(
-            dict.fromkeys(x.removeprefix(f"{trip.blocks}.").partition(".")[2] for x in trip.dense)
-        )
-        cells = (name, f"`{trip.blocks}`", trip.quantized, trip.experts or "", kinds, theirs)
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    lines += ["", "## Not tried, or failed", "", "| type | reason |", "|---|---|"]
-    reasons = {name: NOT_TRIED[name] for name in types if name in NOT_TRIED} | failures
-    lines += [f"| {name} | {_shortened(reason)} |" for name, reason in sorted(reasons.items())]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _table(results: dict[str, Any], auto: str) -> list[str]:
+    found, not_tried = results[auto], NOT_TRIED[auto]
+    trips = {name: row for name, row in sorted(found.items()) if "failure" not in row}
+    both = sum(row["good"] for row in trips.values())
+    image = ("image",) if auto == SENSES else ()
+    lines = [
+        f"Of the {len(found.keys() | not_tried.keys())} types of `{auto}`, {len(trips)} come back "
+        f"through `from_quantized` with the logits of their dequantized twins, {both} of them "
+        "through transformers as well.",
+        "",
+        *_header("type", "blocks", "linears", "experts", *image, "dense", "loaded by transformers"),
+    ]
+    for name, row in trips.items():
+        theirs = row["by_transformers"]
+        if isinstance(theirs, float):
+            theirs = "yes" if row["good"] else f"logits differ by {theirs:.0e}"
+        seen = ("yes" if row["sighted"] else "",) if image else ()
+        cells = (name, f"`{row['blocks']}`", row["quantized"], row["experts"] or "", *seen)
+        lines.append(_row(*cells, ", ".join(row["dense"]), _shortened(str(theirs))))
+    reasons = not_tried | {n: row["failure"] for n, row in found.items() if "failure" in row}
+    lines += ["", "Not tried, or failed:", "", *_header("type", "reason")]
+    return [*lines, *(_row(n, _shortened(reason)) for n, reason in sorted(reasons.items())), ""]
+
+
+def _header(*names: str) -> list[str]:
+    return [_row(*names), "|" + "---|" * len(names)]
+
+
+def _row(*cells: object) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def _shortened(text: str) -> str:

@@ -53,9 +53,11 @@ def tiny_model(model_type: str = "llama", dtype: torch.dtype = torch.float16, **
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def tiny_examples(count: int = 6, length: int = 32) -> list[dict[str, Tensor]]:
+def tiny_examples(
+    count: int = 6, length: int = 32, vocabulary: int = VOCABULARY
+) -> list[dict[str, Tensor]]:
     """Random token ids in the form that ``quantize`` takes."""
-    rows = torch.randint(2, VOCABULARY, (count, length))
+    rows = torch.randint(2, vocabulary, (count, length))
     return [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
 
 

@@ -90,15 +90,25 @@ def trace(model: nn.Module, blocks: Sequence[nn.Module], tokens: int) -> Capture
     """Do the same with one row of tokens, without looking at values: meta tensors will do."""
     first = next(model.parameters())
     ids = torch.arange(tokens, device=first.device)[None]
-    hidden = Activations(first.device, first.dtype, 0, home="device")
-    result = Captured(hidden, [[] for _ in blocks], [None])
     inputs = model_inputs(model, Batch(ids, torch.ones_like(ids)), first.device)
-    if first.is_meta and "attention_mask" in inputs:
-        # Of another one transformers would look at the values.
-        inputs["attention_mask"] = first.new_zeros(1, 1, tokens, tokens)
-    with _recording(blocks, result), suppress(_Reached):
-        model(**inputs)
-    return result
+    masks = [inputs.pop("attention_mask", None)]
+    if first.is_meta and masks != [None]:
+        # Of one with two dimensions transformers looks at the values; other code wants just that.
+        masks = [first.new_zeros(1, 1, tokens, tokens), *masks, None]
+    failure: Exception | None = None
+    for mask in masks:
+        hidden = Activations(first.device, first.dtype, 0, home="device")
+        result = Captured(hidden, [[] for _ in blocks], [None])
+        masked = inputs if mask is None else inputs | {"attention_mask": mask}
+        try:
+            with _recording(blocks, result), suppress(_Reached):
+                model(**masked)
+        except (RuntimeError, TypeError, ValueError) as error:
+            failure = failure or error
+        else:
+            return result
+    assert failure is not None
+    raise failure
 
 
 def capture_head(
@@ -126,13 +136,28 @@ def capture_head(
 
     handle = head.register_forward_pre_hook(note)
     try:
-        with _forwards_replaced(blocks, stand_in):
+        with forwards_replaced(blocks, stand_in):
             for index in range(len(batches)):
                 batch = batches[index]
                 with suppress(_Reached):
                     model(**model_inputs(model, batch, device))
     finally:
         handle.remove()
+
+
+def after_blocks(
+    model: nn.Module, blocks: Sequence[nn.Module], batch: Batch, hidden: Tensor, outputs: int
+) -> Any:
+    """Give what the model puts out where its last block gives these hidden states.
+
+    :param outputs: see :class:`Captured`
+    """
+
+    def stand_in(_index: int, _forward: Any) -> Any:
+        return lambda *_args, **_kwargs: _put_out(hidden, outputs)
+
+    with forwards_replaced(blocks, stand_in):
+        return model(**model_inputs(model, batch, hidden.device))
 
 
 @contextmanager
@@ -156,7 +181,7 @@ def _recording(blocks: Sequence[nn.Module], result: Captured) -> Iterator[None]:
 
         return note
 
-    with _forwards_replaced(blocks, recorder):
+    with forwards_replaced(blocks, recorder):
         yield
 
 
@@ -166,7 +191,7 @@ def _put_out(hidden: Tensor, outputs: int) -> Any:
 
 
 @contextmanager
-def _forwards_replaced(
+def forwards_replaced(
     blocks: Sequence[nn.Module], make: Callable[[int, Any], Any]
 ) -> Iterator[None]:
     """Give each block, on the instance, the forward that ``make(index, its own)`` returns."""

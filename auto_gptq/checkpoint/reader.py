@@ -143,10 +143,21 @@ def _file_headers(file: Path) -> Iterator[tuple[str, Header]]:
             yield name, Header(list(tensor.shape), tensor.dtype, file)
 
 
+_POINTER = b"version https://git-lfs"  # what Git leaves in place of large files
+
+
 def _open(file: Path) -> Any:
     try:
         return safe_open(file, "pt")
+    except FileNotFoundError:
+        raise MissingFileError(f"{file} is missing. Copy or download it again.") from None
     except (SafetensorError, OSError) as error:
+        with file.open("rb") as opened:
+            if opened.read(len(_POINTER)) == _POINTER:
+                raise CheckpointError(
+                    f"{file} is a pointer of Git LFS, not the file itself. Fetch that with "
+                    "`git lfs pull`, or download it again."
+                ) from None
         raise CheckpointError(
             f"{file} cannot be read: it is truncated or not a safetensors file ({error}). "
             "Copy or download it again."

@@ -52,6 +52,8 @@ def staged(folder: Path, replaces: str = "") -> Iterator[Path]:
     :raises StorageError: (an OSError) if the disk is full
     """
     existed = folder.exists()
+    if existed and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; name a folder to write into.")
     folder.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
     try:

@@ -61,7 +61,7 @@ class LlamaDecoder:
         self._embedding: Tensor = inner.embed_tokens.weight
         self._blocks = [_read_block(block, parts) for block in inner.layers]
         self._norm: Tensor = inner.norm.weight
-        self._head = product([model.lm_head])
+        self._head = _head(model.lm_head)
         self._rotary = inner.rotary_emb
         self._epsilon: float = config.rms_norm_eps
         self._gelu = _GATES[config.hidden_act]
@@ -147,6 +147,14 @@ class LlamaDecoder:
     def _reserved(self) -> _Room:
         assert self._room is not None
         return self._room
+
+
+def _head(linear: nn.Module) -> Product:
+    """Give the function from the last hidden states to the logits."""
+    if type(linear) is not nn.Linear or linear.bias is not None:
+        return product([linear])
+    weight = linear.weight
+    return lambda x: _operators.dense_matmul(x, weight)
 
 
 def _read_block(block: nn.Module, parts: BlockParts) -> _Block:

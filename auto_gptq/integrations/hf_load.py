@@ -33,6 +33,7 @@ from ..nn_modules.surgery import (
     replace,
     untie,
 )
+from ..nn_modules.unfused import find_unfused
 from ..quantization.config import CHECKPOINT_FORMAT, BaseQuantizeConfig
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class Skeleton:
     weights: WeightFiles
     headers: dict[str, Header]
     dtypes: dict[str, torch.dtype]  # of the model's parameters
-    replaced: set[str]  # names of the model's tensors that are no more
+    parted: set[str]  # names of tensors that held the experts that lie apart now
 
 
 def insert(
@@ -79,9 +80,10 @@ def insert(
     contiguous = {name for name in layouts if (settings.settings_for(name) or settings).contiguous}
     check_packed(layers, weights, headers, layouts, contiguous=contiguous)
     replace(model, [(names[stored], layer) for stored, layer in layers.items()])
-    _mark_initialized(model, names.values(), headers)
-    replaced = before - set(model.state_dict())
-    return Skeleton(layers, names, weights, headers, dtypes, replaced)
+    _mark_initialized(model, [*names.values(), *find_unfused(model)], headers)
+    parted = tuple(f"{name}." for name in find_unfused(model))
+    gone = {name for name in before - set(model.state_dict()) if name.startswith(parted)}
+    return Skeleton(layers, names, weights, headers, dtypes, gone)
 
 
 def finish(model: Any, skeleton: Skeleton) -> None:
@@ -234,12 +236,12 @@ def _renaming(model: Any, modules: Iterable[str]) -> Callable[[str], str]:
     return rename
 
 
-def without_parted(conversions: Iterable[Any], replaced: Iterable[str]) -> list[Any]:
+def without_parted(conversions: Iterable[Any], parted: Iterable[str]) -> list[Any]:
     """Leave out the rules that would merge experts which stay apart.
 
     One expert left dense beside packed ones would be merged into a tensor that is no more.
     """
-    return [rule for rule in conversions if not (_merges(rule) and _makes(rule, replaced))]
+    return [rule for rule in conversions if not (_merges(rule) and _makes(rule, parted))]
 
 
 def _merges(rule: Any) -> bool:
@@ -277,10 +279,13 @@ def _empty(
 def _mark_initialized(
     model: nn.Module, layers: Iterable[str], headers: Mapping[str, Header]
 ) -> None:
-    """Keep transformers from initializing weights that are derived.
+    """Keep transformers from initializing weights that are derived, or that are no more.
 
-    A GPT-2 MLP or a Mamba mixer changes the weight of a linear inside it, so owners are marked as
-    well, unless they have parameters that the checkpoint lacks.
+    A GPT-2 MLP or a Mamba mixer changes the weight of a linear inside it, Qwen 3 Omni's router
+    those of the experts beside it, so owners are marked as well, unless they have parameters that
+    the checkpoint lacks.
+
+    :param layers: names of packed linears, and of modules whose experts were parted
     """
     for name in layers:
         parent = name.rpartition(".")[0]

@@ -83,7 +83,7 @@ class AutoGPTQHfQuantizer(HfQuantizer):
         """Keep packed experts apart; transformers before 5.20 does not pass the model."""
         if self._skeleton is None:
             return weight_conversions
-        return hf_load.without_parted(weight_conversions, self._skeleton.replaced)
+        return hf_load.without_parted(weight_conversions, self._skeleton.parted)
 
     def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
         if self._skeleton is not None:

@@ -49,6 +49,11 @@ def gate(gate_up: Tensor, gelu: bool) -> Tensor:  # [B, 2 * I] → [B, I]
     return opened * up
 
 
+def dense_matmul(x: Tensor, weight: Tensor) -> Tensor:  # [B, K], [N, K] → [B, N]
+    """Multiply by a dense weight; on the CPU, a few rows as fast as the weight can be read."""
+    return F.linear(x, weight)
+
+
 def decode_attention(
     qkv: Tensor,  # [B, (Q + 2 P) * D] queries, keys and values of the new tokens
     cosine: Tensor,  # [positions, R]
@@ -144,6 +149,7 @@ def decode_scratch(
 
 _define("add_norm", "Tensor(a!) hidden, Tensor? update, Tensor weight, float epsilon", add_norm)
 _define("gate", "Tensor gate_up, bool gelu", gate)
+_define("dense_matmul", "Tensor x, Tensor weight", dense_matmul)
 _define(
     "decode_attention",
     "Tensor qkv, Tensor cosine, Tensor sine, Tensor? q_norm, Tensor? k_norm, "
@@ -178,3 +184,8 @@ def _(gate_up: Tensor, gelu: bool) -> Tensor:
 def _(qkv: Tensor, *others: Any) -> Tensor:
     keys = others[4]
     return qkv.new_empty((qkv.shape[0], qkv.shape[1] - 2 * keys.shape[1] * keys.shape[3]))
+
+
+@torch.library.register_fake("auto_gptq::dense_matmul", lib=_library)
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))

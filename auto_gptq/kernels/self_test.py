@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..formats.gptq import GPTQTensors, trivial_g_idx
 from ..formats.tiles import to_tiles
-from . import ops, reference
+from . import expert_ops, ops, reference
 
 # 16-bit x and sums in another order cost a tenth of this; misplaced codes cost a hundred times it.
 _TOLERANCE = 0.01
@@ -75,6 +75,50 @@ def _first_wrong(device: torch.device, bits: int) -> str | None:
             error = float((found - expected).norm() / expected.norm())
             if not error < _TOLERANCE:
                 return f"multiplies {rows} rows of {dtype} with a relative error of {error:.2g}"
+    return None
+
+
+@functools.cache
+def failure_of_experts(device: torch.device, bits: int) -> str | None:
+    """Say what is wrong with products of experts on a device, None if nothing; log it once."""
+    try:
+        wrong = _first_wrong_experts(device, bits)
+    except RuntimeError as error:
+        wrong = f"stops with {error}"
+    if wrong is None:
+        return None
+    message = f"with {bits} bits on {_name(device)} {wrong}"
+    logger.warning("Products of experts %s. Their linears are called one by one.", message)
+    return message
+
+
+# Outputs, and rows of three experts: what makes each kernel, and each way to divide its work, run.
+_EXPERTS = ((96, (1, 0, 2)), (96, (16, 0, 11)), (96, (70, 1, 40)), (16384, (1, 3, 2)))
+
+
+def _first_wrong_experts(device: torch.device, bits: int) -> str | None:
+    generator = torch.Generator().manual_seed(0)
+    dtypes = (torch.float32,) if device.type == "cpu" else (torch.float16, torch.bfloat16)
+    for outputs, sizes in _EXPERTS:
+        count, rows_of_tiles, columns = len(sizes), -(-outputs // 64), _K // 64
+        words = (count, rows_of_tiles, columns, 128 * bits)
+        tiles = torch.randint(-(2**31), 2**31, words, generator=generator).to(torch.int32)
+        grids = (count, _K // _GROUP, rows_of_tiles * 64)
+        scales = (torch.rand(grids, generator=generator) + 0.5).half()
+        zeros = torch.randint(2**bits, grids, generator=generator).to(torch.uint8)
+        ends = torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
+        settings = bits, _GROUP, _K, outputs
+        for dtype in dtypes:
+            x = torch.randn(sum(sizes), _K, generator=generator).to(dtype)
+            weight = (ends, tiles, scales, zeros)
+            expected = expert_ops.q_experts(x.float(), None, *weight, None, None, *settings, False)
+            there = [tensor.to(device) for tensor in weight]
+            y = torch.ops.auto_gptq.q_experts(
+                x.to(device), None, *there, None, None, *settings, False
+            )
+            error = float((y.float().cpu() - expected).norm() / expected.norm())
+            if not error < _TOLERANCE:
+                return f"multiply {sizes} rows of {dtype} with a relative error of {error:.2g}"
     return None
 
 

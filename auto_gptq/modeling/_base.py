@@ -25,14 +25,13 @@ from ..pipeline.quantize import quantize_model
 from ..pipeline.ranks import Ranks
 from ..pipeline.report import ModuleReport, write_report
 from ..quantization.config import QUANTIZE_BLACK_LIST, BaseQuantizeConfig
-from . import load
+from . import load, options
 from ._const import SUPPORTED_MODELS
 from ._utils import check_supported
 from .carry import Source, load_generation_config
 from .former import FormerMethods
 from .limits import longest_sequence, padding_token
-from .options import as_dtype, as_settings, for_transformers, note_meaningless, note_unknown
-from .place import place
+from .place import Place, place
 from .save import save_checkpoint
 
 if TYPE_CHECKING:
@@ -74,9 +73,7 @@ class BaseGPTQForCausalLM(FormerMethods):
         self.model: PreTrainedModel = model
         self.model_type = model.config.model_type
         self._quantized = quantized
-        if isinstance(quantize_config, dict):
-            quantize_config = BaseQuantizeConfig.from_quant_config(quantize_config)
-        self.quantize_config = quantize_config
+        self.quantize_config = options.as_quantize_config(quantize_config)
         self.config: PretrainedConfig = model.config
         self.is_triton_backend = is_triton_backend
         self.injected_fused_attention = injected_fused_attention
@@ -192,7 +189,7 @@ class BaseGPTQForCausalLM(FormerMethods):
                 f"quant_method {self.quantize_config.quant_method!r} can be read but not made; "
                 "use 'gptq'."
             )
-        note_meaningless({"use_triton": use_triton, "use_cuda_fp16": use_cuda_fp16})
+        options.note_meaningless({"use_triton": use_triton, "use_cuda_fp16": use_cuda_fp16})
         batches = make_batches(
             examples,
             batch_size,
@@ -309,8 +306,11 @@ class BaseGPTQForCausalLM(FormerMethods):
             pretrained_model_name_or_path, trust_remote_code, **model_init_kwargs
         )
         check_supported(model_config.model_type, SUPPORTED_MODELS, model_config)
-        model_init_kwargs = for_transformers(model_init_kwargs)
-        torch_dtype = as_dtype(model_init_kwargs.pop("dtype", torch_dtype)) or torch.float16
+        options.check_dense(pretrained_model_name_or_path, model_config)
+        quantize_config = options.as_quantize_config(quantize_config)
+        Place.of(None, None, max_memory)
+        model_init_kwargs = options.for_transformers(model_init_kwargs)
+        torch_dtype = options.as_dtype(model_init_kwargs.pop("dtype", torch_dtype)) or torch.float16
         if max_memory is not None:
             model_init_kwargs |= {"max_memory": max_memory, "device_map": "auto"}
         opened = model_init_kwargs.get("device_map") == "disk"
@@ -361,24 +361,27 @@ class BaseGPTQForCausalLM(FormerMethods):
         :raises MissingFileError: (a FileNotFoundError) if no weights are found
         :raises CheckpointError: (a ValueError) if files or tensors are damaged, missing or misfit
         """
-        note_unknown(kwargs, "attn_implementation", "dtype")
-        note_meaningless(locals())
+        options.note_unknown(kwargs, "attn_implementation", "dtype")
+        options.note_meaningless(locals())
+        where = Place.of(device, device_map, max_memory)  # before anything takes its time
         model_config = load.load_config(model_name_or_path, trust_remote_code, **kwargs)
         check_supported(model_config.model_type, SUPPORTED_MODELS, model_config)
         if kwargs.get("attn_implementation"):
             model_config._attn_implementation = kwargs["attn_implementation"]
-        settings = as_settings(quantize_config, model_name_or_path, checkpoint_format, kwargs)
+        settings = options.as_settings(
+            quantize_config, model_name_or_path, checkpoint_format, kwargs
+        )
         weights = load.find_quantized_weights(
             model_name_or_path, settings, model_basename, use_safetensors, **kwargs
         )
-        torch_dtype = as_dtype(torch_dtype or kwargs.get("dtype"))
+        torch_dtype = options.as_dtype(torch_dtype or kwargs.get("dtype"))
         if torch_dtype is None:
-            on_cpu = device is not None and torch.device(device).type == "cpu"
+            on_cpu = where.device is not None and where.device.type == "cpu"
             fast_half = torch.cuda.is_available() and not on_cpu
             torch_dtype = torch.float16 if fast_half else torch.float32
         model = load.load_packed(model_config, weights, settings, torch_dtype, trust_remote_code)
         load_generation_config(model, Source.of(model_name_or_path, kwargs))
-        place(model, device, device_map, max_memory)
+        place(model, where.device, where.device_map, where.max_memory)
         settings.model_name_or_path = str(model_name_or_path)
         settings.model_file_base_name = weights.base_name
         wrapper = cls(model, True, settings, use_triton or use_tritonv2, trainable=trainable)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from ..checkpoint.fill import fill, some
 from ..checkpoint.layouts import find_packed
 from ..checkpoint.names import converted, convertible, in_model, packed_owners
 from ..checkpoint.reader import Header, WeightFiles, find_weights, read_headers, read_tensors
-from ..errors import CheckpointError
+from ..errors import CheckpointError, MissingFileError
 from ..formats.gptq import middle_zeros
 from ..formats.marlin import find_obstacle
 from ..nn_modules.experts import expert_parents, find_fused, unfuse
@@ -66,8 +67,17 @@ def open_dense(
 
 
 def load_config(source: str | Path, trust_remote_code: bool, **kwargs: Any) -> PretrainedConfig:
-    """Load a model's configuration with transformers."""
+    """Load a model's configuration with transformers.
+
+    :raises MissingFileError: (a FileNotFoundError) if the name can only be that of a folder, and
+        there is none
+    """
     from transformers import AutoConfig
+
+    if not Path(source).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
+        raise MissingFileError(
+            f"{source} is neither a folder (seen from {Path.cwd()}) nor the id of a model."
+        )
 
     config: PretrainedConfig = AutoConfig.from_pretrained(
         source, trust_remote_code=trust_remote_code, **hub.hub_arguments(kwargs)
@@ -86,16 +96,30 @@ def can_be_built(config: PretrainedConfig) -> bool:
 
 
 def _classes(config: PretrainedConfig) -> Iterator[Any]:
+    """Give the classes that can build a model, first that which builds the one that was saved.
+
+    Of Llama 4 and others transformers has the text model as well under the same configuration.
+    """
     import transformers
 
     own_code = getattr(config, "auto_map", None) or {}
-    for kind in _auto_classes():
-        if kind.__name__ in own_code or type(config) in kind._model_mapping:
-            yield kind
-    for name in getattr(config, "architectures", None) or ():
+    saved = set(getattr(config, "architectures", None) or ())
+    kinds = [
+        kind
+        for kind in _auto_classes()
+        if kind.__name__ in own_code or type(config) in kind._model_mapping
+    ]
+    yield from sorted(kinds, key=lambda kind: not saved & _class_names(kind, config))
+    for name in saved:
         # The text model of one that also sees has no place in transformers' lists.
         if name.endswith("ForCausalLM") and hasattr(transformers, name):
             yield getattr(transformers, name)
+
+
+def _class_names(kind: Any, config: PretrainedConfig) -> set[str]:
+    """Give the names of the classes that an automatic one may choose for a configuration."""
+    found = kind._model_mapping.get(type(config), ())
+    return {each.__name__ for each in (found if isinstance(found, (list, tuple)) else [found])}
 
 
 def _auto_classes() -> list[Any]:
@@ -114,7 +138,8 @@ def find_quantized_weights(
 ) -> WeightFiles:
     """Find the weights under the names that AutoGPTQ looked for, in its order."""
     if model_basename:
-        base_names = [model_basename]
+        # Model cards give the name with and without what it ends in.
+        base_names = [re.sub(r"\.(safetensors|bin|pt)$", "", model_basename)]
     elif config.model_file_base_name:
         base_names = [config.model_file_base_name]
     else:

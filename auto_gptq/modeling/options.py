@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, QuantizedStateError
 from ..hub import HUB_ARGUMENTS
 from ..quantization.config import BaseQuantizeConfig
 
@@ -64,6 +64,40 @@ def for_transformers(kwargs: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
+def as_quantize_config(given: Any) -> BaseQuantizeConfig:
+    """Give the settings that are meant by ours, a dict or a ``transformers.GPTQConfig``.
+
+    :raises ConfigError: (a ValueError) for anything else
+    """
+    if isinstance(given, BaseQuantizeConfig):
+        return given
+    if hasattr(given, "to_dict") and not isinstance(given, type):
+        # What says "auto" or None there is left to our defaults; enumerations become strings.
+        found = {name: getattr(value, "value", value) for name, value in given.to_dict().items()}
+        given = {name: value for name, value in found.items() if value not in (None, "auto")}
+    if isinstance(given, dict):
+        return BaseQuantizeConfig.from_quant_config(given)
+    raise ConfigError(
+        f"quantize_config is {given!r}; give BaseQuantizeConfig(bits=4, group_size=128), say."
+    )
+
+
+def check_dense(source: str | Path, config: Any) -> None:
+    """Refuse a checkpoint that is quantized already.
+
+    :raises QuantizedStateError: (an EnvironmentError)
+    """
+    there = getattr(config, "quantization_config", None)
+    if not isinstance(there, dict):
+        return
+    method = there.get("quant_method")
+    if method in ("gptq", "awq"):
+        raise QuantizedStateError(
+            f"{source} is quantized already (quant_method {method!r}, {there.get('bits')} bits). "
+            "Load it with from_quantized(), or give from_pretrained() the full-precision model."
+        )
+
+
 def as_settings(
     given: BaseQuantizeConfig | dict[str, Any] | None,
     source: str | Path,
@@ -77,7 +111,7 @@ def as_settings(
         )
     if isinstance(given, dict):
         return BaseQuantizeConfig.from_quant_config(given, checkpoint_format)
-    return given
+    return as_quantize_config(given)
 
 
 def as_dtype(given: torch.dtype | str | None) -> torch.dtype | None:

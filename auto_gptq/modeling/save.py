@@ -32,6 +32,7 @@ from ..quantization.config import (
     BaseQuantizeConfig,
 )
 from .carry import Source, carry_files
+from .custom_code import carry_code, found_beside
 from .legacy_config import with_legacy_keys
 from .load import default_base_name
 
@@ -57,7 +58,7 @@ def save_checkpoint(
     The final names appear only once everything has been written.
 
     :param checkpoint_format: "gptq", "gptq_v2" or "marlin"; None for what the settings say
-    :param source: where the tokenizer's files are copied from
+    :param source: where the tokenizer's files, and a model's own code, are copied from
     :param disk: where the weights are, if they are not in memory
     :raises ConfigError: if the metadata is not a dict, or the format or size is none
     :raises CheckpointError: naming the layer that the format cannot hold
@@ -69,12 +70,15 @@ def save_checkpoint(
     tensors = _tensors(model, settings.checkpoint_format, disk)
     with staged(folder, replaces=file_pattern(base_name, files)) as stage:
         write_weights(tensors, stage, base_name, metadata=metadata, files=files)
-        (stage / "config.json").write_text(_model_config(model, settings), encoding="utf-8")
+        code = set() if source is None else carry_code(source, stage)
+        config_text = _model_config(model, settings, code)
+        (stage / "config.json").write_text(config_text, encoding="utf-8")
         settings.save_pretrained(stage)
-        if model.generation_config is not None:
+        generation = getattr(model, "generation_config", None)  # own code may not generate
+        if generation is not None:
             # Not its save_pretrained: that refuses settings which many published models have.
             (stage / "generation_config.json").write_text(
-                model.generation_config.to_json_string(), encoding="utf-8"
+                generation.to_json_string(), encoding="utf-8"
             )
         if source is not None:
             carry_files(source, stage)
@@ -198,12 +202,14 @@ def _encoded(
     }
 
 
-def _model_config(model: PreTrainedModel, settings: BaseQuantizeConfig) -> str:
+def _model_config(model: PreTrainedModel, settings: BaseQuantizeConfig, code: set[str]) -> str:
     config = copy.deepcopy(model.config)
     config.quantization_config = settings.to_dict()
     config.architectures = [type(model).__name__]  # as transformers' own save_pretrained does
     written = with_legacy_keys(json.loads(config.to_json_string(use_diff=False)))
     written.pop("_name_or_path", None)  # a path of this machine, if anything
+    if code:
+        written["auto_map"] = found_beside(written.get("auto_map") or {}, code)
     return json.dumps(written, indent=2, sort_keys=True) + "\n"
 
 

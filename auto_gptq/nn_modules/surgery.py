@@ -10,6 +10,7 @@ from torch import nn
 
 from ..quantization.solver import Solution
 from .qlinear.linear import QuantLinear, dense_weight
+from .unfused import UnfusedExperts
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -92,7 +93,16 @@ def untie(model: nn.Module, head: str) -> None:
 
 
 def prepare(model: nn.Module) -> None:
-    """Lay every QuantLinear below ``model`` out for the fastest kernel that serves it."""
+    """Lay every QuantLinear below ``model`` out for the fastest kernel, experts' together."""
+    # Block by block: what laying one block's experts together sets free serves the next block's.
+    for module in model.modules():
+        if isinstance(module, UnfusedExperts):
+            _prepare_linears(module)
+            module.grouped()
+    _prepare_linears(model)
+
+
+def _prepare_linears(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, QuantLinear):
             module.prepare()

@@ -17,7 +17,8 @@ from ..calibration.activations import Activations
 from ..calibration.capture import BlockCall
 from ..errors import NumericsError
 from ..nn_modules.qlinear.linear import dense_weight
-from ..quantization.hessian import Hessian
+from ..nn_modules.unfused import without_padding
+from ..quantization.hessian import Hessian, Pull
 from ..quantization.precision import tensor_cores
 from ..quantization.solver import Solution, SolverOptions, by_parts, is_finite
 from .careful import solve_carefully
@@ -94,7 +95,7 @@ def propagate(block: nn.Module, feed: Feed) -> None:
     :raises NumericsError: if they hold NaN or infinity
     """
     for i, (hidden, call) in enumerate(zip(feed.hidden, feed.calls, strict=True)):
-        feed.hidden[i] = run_block(block, hidden, call)
+        feed.hidden[i] = run_block(block, hidden, call, feed.keep[i])
     check_finite(feed)
 
 
@@ -106,9 +107,12 @@ def check_finite(feed: Feed) -> None:
     feed.hidden.check_finite("the block's outputs")
 
 
-def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
+def run_block(
+    block: nn.Module, hidden: Tensor, call: BlockCall, keep: Tensor | None = None
+) -> Tensor:
     """Call a block as the model did; give its hidden states."""
-    output = block(hidden, *call.args, **call.kwargs)
+    with without_padding(keep):
+        output = block(hidden, *call.args, **call.kwargs)
     if not isinstance(output, (tuple, list)):
         return output  # type: ignore[no-any-return]
     call.outputs = (None, *output[1:])
@@ -145,7 +149,10 @@ def _solve_stacked(
         parts, pull = ranks.row_parts, None
         if options.correction and hessian.is_compared:
             with tensor_cores():
-                pull = by_parts(lambda part: hessian.pull(tall, part), rows, parts)
+                pull = Pull(
+                    by_parts(lambda part: hessian.pull(tall, part), rows, parts),
+                    by_parts(lambda part: hessian.doubt(tall, part), rows, parts),
+                )
         found, note = solve_carefully(tall[rows], mean, hessian.tokens, options, pull, parts)
         notes.append(note)
         return found
@@ -248,14 +255,14 @@ class _Collector:
         """Note the inputs of the linears in a pass of the full-precision block."""
         self._is_exact, self._waiting, self._residual = True, set(self.seen), hidden
         with suppress(_AllSeen):
-            run_block(block, hidden, call)
+            run_block(block, hidden, call, self.keep)
         self._is_exact = False
 
     def run(self, block: nn.Module, hidden: Tensor, call: BlockCall) -> None:
         self._waiting, self._residual = set(self.seen), hidden
         self._tokens = hidden.shape[:-1].numel()
         with suppress(_AllSeen):
-            run_block(block, hidden, call)
+            run_block(block, hidden, call, self.keep)
         self._is_first = False
         self._inputs.clear()
         self._exact.clear()
@@ -320,5 +327,7 @@ def kept_tokens(keep: Tensor | None, x: Tensor) -> Tensor | None:
         return None
     if x.shape[:-1] == keep.shape:
         return keep
+    if x.shape[:-1] == keep.T.shape:  # ChatGLM's own code has time first
+        return keep.T
     # Some models flatten batch and time; anything else is a choice of tokens of its own.
     return keep.flatten() if x.shape[:-1] == (keep.numel(),) else None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FactorizationError, NumericsError
+from ..quantization.hessian import Pull
 from ..quantization.solver import Solution, SolverOptions, round_to_nearest, solve
 
 # Fewer tokens than inputs leave directions of the input in which the Hessian knows nothing.
@@ -17,7 +18,7 @@ def solve_carefully(
     hessian: Tensor,  # [K, K] mean over the tokens
     tokens: int,
     options: SolverOptions,
-    pull: Tensor | None = None,  # [N, K], see Hessian.pull
+    pull: Pull | None = None,
     parts: int = 1,
 ) -> tuple[Solution, str]:
     """Solve one matrix; say what was done otherwise than asked for, or nothing.

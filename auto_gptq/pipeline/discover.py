@@ -39,7 +39,10 @@ _CANNOT_RUN = (AutoGPTQError, RuntimeError, TypeError, ValueError, KeyError, Att
 
 
 def find_or_discover(model: nn.Module, model_type: str) -> Architecture:
-    """Give the row of a model type if the model has all it names, else what is discovered.
+    """Give the row of a model type if it suits the model, else what is discovered.
+
+    It suits if the model has all linears that it names, and no others. Code of a model's own may
+    have taken the name of a type whose blocks it has changed.
 
     :raises UnsupportedModelError: if there is neither
     """
@@ -47,7 +50,9 @@ def find_or_discover(model: nn.Module, model_type: str) -> Architecture:
         row = find(model_type)
         blocks = dict(model.named_modules()).get(row.blocks)
         names = {name for block in blocks or () for name in _linears(block)}
-        if all(matching(name, names) for name in row.linear_names()):
+        named = [matching(name, names) for name in row.linear_names()]
+        others = names - {name for found in named for name in found}
+        if all(named) and all(_ROUTERS.search(name) for name in others):
             return row
     return discover(model)
 

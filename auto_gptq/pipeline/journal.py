@@ -61,6 +61,9 @@ def describe_job(
         tokens.update(str(list(batch.input_ids.shape)).encode())
         tokens.update(batch.input_ids.numpy().tobytes())
         tokens.update(batch.attention_mask.numpy().tobytes())
+        for name, value in sorted(batch.others.items()):
+            tokens.update(name.encode())
+            _add(value, tokens.update)
     weights = hashlib.sha256()
     for name, parameter in model.named_parameters():
         few = parameter.detach().flatten()[:_FIRST_NUMBERS]
@@ -77,6 +80,22 @@ def describe_job(
         "dtype": str(dtype),
         "auto_gptq": __version__,
     }
+
+
+def _add(value: Any, update: Callable[[bytes], None]) -> None:
+    """Hash an image, a sound or what else a processor returns: tensors, arrays, lists of them."""
+    if isinstance(value, Tensor):
+        kept = value.detach().cpu().contiguous()
+        update(f"{list(kept.shape)} {kept.dtype}".encode())
+        update(kept.view(torch.uint8).numpy().tobytes() if kept.dim() else str(kept).encode())
+    elif isinstance(value, (list, tuple)):
+        update(str(len(value)).encode())
+        for each in value:
+            _add(each, update)
+    elif hasattr(value, "tobytes") and hasattr(value, "shape"):  # a numpy array
+        update(f"{value.shape} {value.dtype}".encode() + value.tobytes())
+    else:
+        update(repr(value).encode())
 
 
 @dataclass(frozen=True)

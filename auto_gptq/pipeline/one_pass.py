@@ -181,7 +181,7 @@ class _Forward:
                 if hidden.is_cuda:
                     context.enter_context(torch.cuda.device(hidden.device))
                 self._wait()
-                return run_block(block, hidden, call)
+                return run_block(block, hidden, call, self.keep)
         finally:
             self._finished = True
             self.waits_before = self.input = None

@@ -35,7 +35,8 @@ class Plan:
 
     def looks_at_exact(self) -> bool:
         """Tell whether the full-precision model must run beside the quantized one."""
-        return any(own.correction or own.tuning_epochs for own in self.settings.values())
+        settings = self.settings.values()
+        return any(own.correction or own.tuning_epochs or own.scale_epochs for own in settings)
 
     def options(self, block_name: str, index: int) -> dict[str, SolverOptions]:
         """Give the options of a block's linears by their relative names."""

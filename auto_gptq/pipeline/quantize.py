@@ -34,6 +34,7 @@ from .progress import Progress
 from .ranks import Ranks
 from .report import ModuleReport, summary, write_report
 from .routing import with_routed_tokens
+from .scales import tune_scales
 from .tuning import tune_block
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,11 @@ def quantize_model(
         raise ConfigError(
             "The model's weights stay on disk, and so must the quantized ones: "
             "call quantize(..., work_dir=folder)."
+        )
+    if disk is not None and config.scale_epochs:
+        raise ConfigError(
+            "scale_epochs tunes the whole model at once, so its weights cannot stay on disk. "
+            "Set it to 0, or load the model into memory."
         )
     if any(isinstance(module, QuantLinear) for module in model.modules()):
         raise QuantizedStateError(
@@ -156,6 +162,8 @@ class _Run:
                     feed = Feed(hidden, calls, captured.keep, self.ranks, self.exact)
                     report += self._one_block(i, block, feed, threads, progress)
                     progress.block_done()
+                if self.config.scale_epochs:
+                    self._tune_scales(captured.outputs)
                 if self.plan.head is not None:
                     report += self._head(captured)
                     progress.block_done()
@@ -220,6 +228,16 @@ class _Run:
             feed.hidden[i] = hidden
         before.hidden.close()
         propagate(block, feed)
+
+    def _tune_scales(self, outputs: int) -> None:
+        """Let the first rank tune all scales, and the others take them from it."""
+        device, epochs = self.workplace.device, self.config.scale_epochs
+        if self.ranks.is_first:
+            blocks = list(self.plan.blocks)
+            tune_scales(self.model, blocks, self.batches, self.exact, outputs, device, epochs)
+        for layer in self.plan.blocks.modules():
+            if isinstance(layer, QuantLinear):
+                self.ranks.tell_tensor(layer.scales, device)
 
     def _exact(self, block: nn.Module, linears: Mapping[str, nn.Module], feed: Feed) -> Exact:
         everyone = find_linears(block)

@@ -152,6 +152,13 @@ class Ranks:
             dist.broadcast(tensor, 0)
         return replace(solution, **told, unrounded=None)
 
+    def tell_tensor(self, tensor: Tensor, device: torch.device) -> None:
+        """Have on every rank what the first has in a tensor, in place, through its own device."""
+        if self.count > 1:
+            on_device = tensor.to(device).contiguous()
+            dist.broadcast(on_device, 0)
+            tensor.copy_(on_device)
+
     def all(self, here: bool) -> bool:
         """Tell whether something holds on every rank."""
         if self.count == 1:

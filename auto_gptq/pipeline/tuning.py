@@ -16,16 +16,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from ..formats.gptq import trivial_g_idx
 from ..nn_modules.qlinear.linear import dense_weight
 from ..quantization.precision import tensor_cores
-from .block import Feed, Solved
+from .block import Feed, Solved, kept_tokens
 
 logger = logging.getLogger(__name__)
 
 # Steps of Adam at the start, in codes and as shares of the scales; they fall to 0 by a cosine.
 _CODE_RATE = 5e-3
 _SCALE_RATE = 1e-3
-_BETAS = (0.9, 0.95)  # some dozens of steps: a long memory would never forget the first ones
+BETAS = (0.9, 0.95)  # some dozens of steps: a long memory would never forget the first ones
+_HELD_OUT = 8  # every eighth batch is not tuned on, and decides whether tuning has been of use
 
 
 @dataclass
@@ -35,14 +37,19 @@ class _Tuned:
     solved: Solved
     codes: Tensor  # [N, K] fp32
     factors: Tensor  # [N, G] fp32
+    zeros: Tensor  # [N, K] fp32
+    together: int  # see inputs_together
     highest: int
 
     @classmethod
     def start(cls, solved: Solved, unrounded: Tensor, bits: int) -> _Tuned:
+        solution = solved.solution
         return cls(
             solved,
             unrounded.to(torch.float32).requires_grad_(True),
-            torch.ones_like(solved.solution.scales).requires_grad_(True),
+            torch.ones_like(solution.scales).requires_grad_(True),
+            solution.zeros[:, solution.g_idx].to(torch.float32),
+            inputs_together(solution.g_idx),
             (1 << bits) - 1,
         )
 
@@ -50,8 +57,8 @@ class _Tuned:
         solution = self.solved.solution
         codes = self.codes.clamp(0, self.highest)
         codes = codes + (codes.round() - codes).detach()
-        scales = (solution.scales * self.factors)[:, solution.g_idx]
-        return (codes - solution.zeros[:, solution.g_idx]) * scales
+        scales = spread(solution.scales * self.factors, solution.g_idx, self.together)
+        return (codes - self.zeros) * scales
 
     def unchanged(self) -> Solved:
         return replace(self.solved, solution=replace(self.solved.solution, unrounded=None))
@@ -78,9 +85,10 @@ def tune_block(
     """Give better integers for a block's linears, and leave their weights in the block.
 
     The block runs in fp32.  One batch is one step.  GPTQ's integers stay where the tuned ones are
-    no better.
+    no better on the batches that are held out, or on all where there are few.
     """
     run = _Fp32Run(block, feed, wanted)
+    learnt, judged = held_out(len(wanted))
     tuned = [
         _Tuned.start(solved, solved.solution.unrounded, bits[solved.name])
         for solved in done
@@ -90,21 +98,21 @@ def tune_block(
         {"params": [x.codes for x in tuned], "lr": _CODE_RATE},
         {"params": [x.factors for x in tuned], "lr": _SCALE_RATE},
     ]
-    optimizer = torch.optim.Adam(groups, betas=_BETAS)
-    total = epochs * len(wanted)
+    optimizer = torch.optim.Adam(groups, betas=BETAS)
+    total = epochs * len(learnt)
     falling = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: (1 + math.cos(math.pi * step / total)) / 2
     )
     with tensor_cores():
-        before = run.mean({x.solved.name: x.solved.solution.dequantize() for x in tuned})
+        before = run.mean({x.solved.name: x.solved.solution.dequantize() for x in tuned}, judged)
         with torch.enable_grad():
-            for i in _shuffled(len(wanted), epochs):
+            for i in shuffled(learnt, epochs):
                 optimizer.zero_grad()
                 run.distance(i, {x.solved.name: x.weight() for x in tuned}).backward()
                 optimizer.step()
                 falling.step()
         finished = {x.solved.name: x.finish(torch.float16) for x in tuned}
-        after = run.mean({name: x.solution.dequantize() for name, x in finished.items()})
+        after = run.mean({name: x.solution.dequantize() for name, x in finished.items()}, judged)
     logger.debug("Tuning changed the block's error from %g to %g.", before, after)
     if not after < before:
         finished = {x.solved.name: x.unchanged() for x in tuned}
@@ -132,7 +140,7 @@ class _Fp32Run:
 
         :param weights: ``[N, K]``, by the names of the linears
         """
-        hidden, keep = self._feed.hidden[index], self._feed.keep[index]
+        hidden = self._feed.hidden[index]
         call = self._feed.calls[index].to(hidden.device, torch.float32)
         inputs = hidden.to(torch.float32), *call.args
         placed = {f"{name}.weight": self._as_own(name, weight) for name, weight in weights.items()}
@@ -142,13 +150,14 @@ class _Fp32Run:
         found = found[0] if isinstance(found, tuple) else found
         wanted = self._wanted[index].to(torch.float32)
         lost = (found - wanted).square().mean(-1) / wanted.square().mean(-1).clamp(min=1e-12)
+        keep = kept_tokens(self._feed.keep[index], found)
         mean: Tensor = lost.mean() if keep is None else lost[keep].mean()
         return mean
 
     @torch.no_grad()
-    def mean(self, weights: Mapping[str, Tensor]) -> float:
-        """Give the mean error of all batches."""
-        errors = [self.distance(i, weights) for i in range(len(self._wanted))]
+    def mean(self, weights: Mapping[str, Tensor], batches: Sequence[int]) -> float:
+        """Give the mean error of some batches."""
+        errors = [self.distance(i, weights) for i in batches]
         return float(torch.stack(errors).mean())
 
     def _as_own(self, name: str, weight: Tensor) -> Tensor:
@@ -156,7 +165,33 @@ class _Fp32Run:
         return weight.t() if hasattr(self._block.get_submodule(name), "nf") else weight
 
 
-def _shuffled(count: int, epochs: int) -> Iterator[int]:
+def held_out(batches: int) -> tuple[list[int], list[int]]:
+    """Part batches into those to learn from and those to judge by; the same ones if few."""
+    judged = range(_HELD_OUT - 1, batches, _HELD_OUT)
+    learnt = [i for i in range(batches) if i not in judged]
+    return learnt, list(judged) or learnt
+
+
+def inputs_together(g_idx: Tensor) -> int:
+    """Give how many inputs a group has, or 0 if they are scattered."""
+    size = int((g_idx == 0).sum())
+    return size if torch.equal(g_idx, trivial_g_idx(len(g_idx), size, g_idx.device)) else 0
+
+
+def spread(
+    groups: Tensor,  # [N, G]
+    g_idx: Tensor,  # [K]
+    together: int,  # see inputs_together
+) -> Tensor:  # [N, K]
+    """Give every input what its group has."""
+    if not together:
+        return groups[:, g_idx]
+    # The gradient of an index takes many times as long.
+    return groups.repeat_interleave(together, 1)[:, : len(g_idx)]
+
+
+def shuffled(batches: Sequence[int], epochs: int) -> Iterator[int]:
     generator = torch.Generator().manual_seed(0)
     for _ in range(epochs):
-        yield from torch.randperm(count, generator=generator).tolist()
+        for i in torch.randperm(len(batches), generator=generator).tolist():
+            yield batches[i]

@@ -63,6 +63,7 @@ _OWN_FIELDS = (
     "signed_scales",
     "correction",
     "tuning_epochs",
+    "scale_epochs",
     "lm_head",
     "dynamic",
     "expert_share",
@@ -92,6 +93,8 @@ class BaseQuantizeConfig:
         for, from 0 to 1
     :param tuning_epochs: passes over the calibration tokens in which the codes and scales of each
         block are tuned by gradients; 0 for GPTQ alone
+    :param scale_epochs: passes over the calibration tokens in which the scales of all blocks are
+        tuned together for the logits, at the end; the model must fit on the device for it
     :param lm_head: quantize the output head too; one tied to the embedding is untied
     :param dynamic: settings of some modules, by pattern: see :mod:`.dynamic`
     :param expert_share: an expert sees at least this share of the tokens that even routing would
@@ -116,6 +119,7 @@ class BaseQuantizeConfig:
     signed_scales: bool = False
     correction: float = 0.0
     tuning_epochs: int = 0
+    scale_epochs: int = 0
     lm_head: bool = False
     dynamic: dict[str, dict[str, Any]] | None = None
     expert_share: float = 0.25
@@ -140,7 +144,7 @@ class BaseQuantizeConfig:
     def _check(self) -> None:
         if self.bits not in (2, 3, 4, 8):
             raise ConfigError(f"bits is {self.bits!r}; it must be 2, 3, 4 or 8.")
-        if self.group_size != -1 and not self.group_size > 0:
+        if not isinstance(self.group_size, int) or (self.group_size < 1 and self.group_size != -1):
             raise ConfigError(
                 f"group_size is {self.group_size!r}; it must be -1 (one scale per row) "
                 "or a positive number of columns, usually 128."
@@ -154,8 +158,9 @@ class BaseQuantizeConfig:
                 f"correction is {self.correction!r}; it must lie between 0 (none) and 1, "
                 "usually 0.5."
             )
-        if self.tuning_epochs < 0:
-            raise ConfigError(f"tuning_epochs is {self.tuning_epochs!r}; it must be 0 or more.")
+        for name in ("tuning_epochs", "scale_epochs"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be 0 or more.")
         if not self.expert_share >= 0:
             raise ConfigError(
                 f"expert_share is {self.expert_share!r}; it must be 0 or more, usually 0.25."
@@ -183,7 +188,7 @@ class BaseQuantizeConfig:
         """
         if name not in PRESETS:
             raise ConfigError(f"There is no preset {name!r}; there are {', '.join(PRESETS)}.")
-        return cls(bits, group_size, **PRESETS[name].settings | changes)
+        return cls(bits, group_size, **PRESETS[name].settings_at(bits) | changes)
 
     @property
     def contiguous(self) -> bool:

@@ -32,6 +32,20 @@ _HALF_STRIPES = 4
 _STRIPES = 6
 _ALIGNED = 128  # stripes that start elsewhere get a kernel of half the speed
 _HALF = 2  # bytes of a 16-bit number
+SAMPLED = 8  # of so many outputs one tells how much of a pull is chance
+
+
+@dataclass(frozen=True)
+class Pull:
+    """Where the full-precision model's outputs pull those of a layer."""
+
+    whole: Tensor  # [N, K] fp32, see Hessian.pull
+    doubt: Tensor  # [ceil(N / SAMPLED), K] fp32, see Hessian.doubt
+
+    def rows(self, part: slice) -> Pull:
+        """Give the part of some outputs, from a multiple of SAMPLED on."""
+        start, stop = part.start or 0, part.stop
+        return Pull(self.whole[part], self.doubt[start // SAMPLED : -(-stop // SAMPLED)])
 
 
 class Hessian:
@@ -45,8 +59,9 @@ class Hessian:
         self.total = torch.zeros(size, size, dtype=torch.float32, device=device)
         self.tokens = 0
         self._is_lower = False  # of each stripe of `total`, only what is left of its end counts
-        self._drift: Tensor | None = None  # [size, size] sum of (exact x - x) xᵀ
-        self._gap: Tensor | None = None  # [outputs, size] sum of gap xᵀ
+        # Sums over two halves of the tokens: what is chance in one half, the other does not tell.
+        self._drift: Tensor | None = None  # [2, size, size] of (exact x - x) xᵀ
+        self._gap: Tensor | None = None  # [2, outputs, size] of gap xᵀ
         self._drift_tokens = 0
 
     def add(
@@ -61,10 +76,10 @@ class Hessian:
         self.tokens += rows.shape[0]
         if exact is not None:
             # Numbers that near each other are subtracted without rounding.
-            self._drift = _plus(self._drift, _rows(exact, keep) - rows, rows)
+            self._drift = _halves(self._drift, _rows(exact, keep) - rows, rows)
             self._drift_tokens += rows.shape[0]
             if gap is not None:
-                self._gap = _plus(self._gap, _rows(gap, keep), rows)
+                self._gap = _halves(self._gap, _rows(gap, keep), rows)
         if rows.is_cuda and rows.dtype.itemsize == _HALF:
             self._add_on_tensor_cores(rows)
         else:
@@ -115,17 +130,19 @@ class Hessian:
         for stripe, piece in zip(stripes, pieces, strict=True):
             stripe.copy_(piece.view_as(stripe))
         self._is_lower = True
-        outputs = 0 if self._gap is None else len(self._gap)
+        outputs = 0 if self._gap is None else self._gap.shape[1]
         numbers = [self.tokens, self._drift_tokens, outputs, outputs > 0]
         counts = torch.tensor(numbers, device=self.total.device)
         add_others(counts)
         self.tokens, self._drift_tokens, outputs, having = (int(count) for count in counts)
         if with_drift and self._drift_tokens:
-            self._drift = torch.zeros_like(self.total) if self._drift is None else self._drift
+            size = len(self.total)
+            if self._drift is None:
+                self._drift = self.total.new_zeros(2, size, size)
             add_others(self._drift)
             if having:  # any of them
                 if self._gap is None:
-                    self._gap = self.total.new_zeros(outputs // having, len(self.total))
+                    self._gap = self.total.new_zeros(2, outputs // having, size)
                 add_others(self._gap)
 
     @property
@@ -142,10 +159,22 @@ class Hessian:
         :param rows: the outputs that are asked for
         """
         assert self._drift is not None
-        pull = weight[rows].to(torch.float32) @ self._drift
-        if self._gap is not None and len(self._gap) == len(weight):
-            pull += self._gap[rows]
+        pull = weight[rows].to(torch.float32) @ self._drift.sum(0)
+        if self._gap is not None and self._gap.shape[1] == len(weight):
+            pull += self._gap[:, rows].sum(0)
         return pull / max(self._drift_tokens, 1)
+
+    def doubt(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Give the pull of one half of the tokens less the other's, of every SAMPLED-th output.
+
+        :param rows: the outputs that are asked for, from a multiple of SAMPLED on
+        """
+        assert self._drift is not None
+        some = slice(rows.start, rows.stop, SAMPLED)
+        doubt = weight[some].to(torch.float32) @ (self._drift[0] - self._drift[1])
+        if self._gap is not None and self._gap.shape[1] == len(weight):
+            doubt += self._gap[0, some] - self._gap[1, some]
+        return doubt / max(self._drift_tokens, 1)
 
 
 def _stripes(size: int, count: int) -> list[slice]:
@@ -158,13 +187,17 @@ def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return one if other is None else other if one is None else one.add_(other)
 
 
-def _plus(total: Tensor | None, left: Tensor, rows: Tensor) -> Tensor:
-    """Add ``leftᵀ rows``, summed in fp32."""
-    if rows.is_cuda and rows.dtype.itemsize == _HALF:
-        product = torch.mm(left.t(), rows, out_dtype=torch.float32)
-    else:
-        product = left.to(torch.float32).t() @ rows.to(torch.float32)
-    return product if total is None else total.add_(product)
+def _halves(total: Tensor | None, left: Tensor, rows: Tensor) -> Tensor:
+    """Add ``leftᵀ rows`` of the first and of the other half of the rows, summed in fp32."""
+    if total is None:
+        total = left.new_zeros(2, left.shape[1], rows.shape[1], dtype=torch.float32)
+    middle = len(rows) // 2
+    for half, part in zip(total, (slice(middle), slice(middle, None)), strict=True):
+        if rows.is_cuda and rows.dtype.itemsize == _HALF:
+            half.add_(torch.mm(left[part].t(), rows[part], out_dtype=torch.float32))
+        else:
+            half.addmm_(left[part].to(torch.float32).t(), rows[part].to(torch.float32))
+    return total
 
 
 def _rows(x: Tensor, keep: Tensor | None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -12,6 +12,11 @@ class Preset:
 
     meant_for: str
     settings: dict[str, Any]
+    at_8_bits: dict[str, Any] = field(default_factory=dict)  # what differs there
+
+    def settings_at(self, bits: int) -> dict[str, Any]:
+        """Give the settings for a number of bits."""
+        return self.settings | (self.at_8_bits if bits == 8 else {})
 
 
 _OURS = {
@@ -23,11 +28,16 @@ _OURS = {
     "damp_percent": 0.03,
 }
 
+# 8 bits lose so little that the damping is what loses most.
+_OURS_AT_8_BITS = {"damp_percent": 0.01}
+
 PRESETS = {
     "compatible": Preset(
         "AutoGPTQ's integers",
         {"desc_act": True, "static_groups": False, "scale_search": False},
     ),
-    "default": Preset("much better at about the same time", _OURS),
-    "best": Preset("the most accurate, at several times the time", _OURS | {"tuning_epochs": 3}),
+    "default": Preset("much better at about the same time", _OURS, _OURS_AT_8_BITS),
+    "best": Preset(
+        "the most accurate, at several times the time", _OURS | {"scale_epochs": 3}, _OURS_AT_8_BITS
+    ),
 }

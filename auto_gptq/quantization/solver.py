@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import NumericsError
 from ..formats.gptq import trivial_g_idx
 from ..formats.grid import Grid, GridRule
 from ..kernels import gpu, ops, reference
-from .hessian import Factor, factorize
+from .hessian import SAMPLED, Factor, Pull, factorize
 from .precision import tensor_cores
 
 # Columns that a GPU's kernel takes at a time.
@@ -38,7 +39,7 @@ class SolverOptions:
     static_groups: bool = False
     scale_search: bool = True  # fit ranges to the error they cause instead of min-max
     keep_unrounded: bool = False  # give the codes before rounding, too
-    correction: float = 0.0  # share of the pull that is followed
+    correction: float = 0.0  # share of what is certain in the pull that is followed
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def solve(
     weight: Tensor,  # [N, K] any float dtype
     hessian: Tensor,  # [K, K] fp32
     options: SolverOptions,
-    pull: Tensor | None = None,  # [N, K] fp32, see Hessian.pull
+    pull: Pull | None = None,
     parts: int = 1,
 ) -> Solution:
     """Quantize one layer.
@@ -100,14 +101,13 @@ def solve(
         ordered = hessian.index_select(0, order).index_select(1, order)
     factor = factorize(ordered, options.damp_percent)
     if pull is not None and options.correction:
-        if not is_finite(pull):
+        if not is_finite(pull.whole):
             raise NumericsError(
                 "The full-precision model's activations hold NaN or infinity. If it runs in "
                 "float16, load it with torch_dtype=torch.bfloat16 or torch.float32."
             )
-        shift = by_parts(
-            lambda rows: _shift(pull[rows], order, factor.inverse), slice(0, len(weight)), parts
-        )
+        every, inverse = slice(0, len(weight)), factor.inverse
+        shift = by_parts(lambda rows: _shift(pull.rows(rows), order, inverse), every, parts)
         target = target + options.correction * shift
 
     # The kernel takes each row by itself; elsewhere all is a product.
@@ -264,18 +264,40 @@ def _processing_order(hessian: Tensor, act_order: bool) -> Tensor:
 
 
 def _shift(
-    pull: Tensor,  # [N, K]
+    pull: Pull,
     order: Tensor,  # [K]
     inverse: Tensor,  # [K, K] the factor U in processing order
 ) -> Tensor:  # [N, K]
-    """Give the change of the weight that meets a pull.
+    """Give the change of the weight that meets a pull, as far as that is certain.
 
     With ``D = wanted - W X``, ``‖W X + D - Q X‖²`` is ``(W* - Q) H (W* - Q)ᵀ`` plus what does not
     depend on Q, where ``W* = W + (D Xᵀ) H⁻¹``.  Here ``(H + damping)⁻¹ = Uᵀ U``.
     """
-    shift = torch.empty_like(pull)
-    shift[:, order] = pull[:, order] @ inverse.t() @ inverse
+    white = pull.whole[:, order] @ inverse.t()
+    share = _certain(white[::SAMPLED], pull.doubt[:, order] @ inverse.t())
+    share = share.repeat_interleave(_ROWS_TOGETHER)[: len(white), None]
+    shift = torch.empty_like(white)
+    shift[:, order] = (share * white) @ inverse
     return shift
+
+
+def _certain(
+    white: Tensor,  # [S, K] D Xᵀ Uᵀ of every so many-th output
+    doubt: Tensor,  # [S, K] the same of one half of the tokens less the other
+) -> Tensor:  # [ceil(S * SAMPLED / 64)]
+    """Give the share of the power of ``D Xᵀ Uᵀ`` that is no chance, per 64 outputs.
+
+    It is a sum of what holds for all tokens and of white noise, the less the more tokens.  Between
+    the two halves only the noise differs, by as much as there is in both together.  A share of the
+    power is the factor that is best in the mean square (Wiener's filter).
+    """
+    power, noise = (
+        F.pad(part.square().sum(1), (0, -len(part) % (_ROWS_TOGETHER // SAMPLED)))
+        .view(-1, _ROWS_TOGETHER // SAMPLED)
+        .sum(1)
+        for part in (white, doubt)
+    )
+    return 1 - (noise / torch.where(power > 0, power, 1.0)).clamp(0, 1)
 
 
 def _fitted_on_the_way(options: SolverOptions, columns: int) -> int:

@@ -1,5 +1,6 @@
 // Rounding of x for products with tiles, and the choice among the instruction sets.
 #include <algorithm>
+#include <cmath>
 
 #include "tiles_unfold.h"
 
@@ -52,90 +53,173 @@ constexpr Order kOrders[2][4] = {
     {order_of(2, true), order_of(3, true), order_of(4, true), order_of(8, true)},
 };
 
-// Numbers in the order of steps, of up to two tiles, and one place for nothing.
+// Numbers of up to two tiles, in the order of the bytes of x.
 struct Numbers {
   alignas(64) float x[2 * kSide];
   int8_t high[2 * kSide], low[2 * kSide];
 };
 
-// Round x[begin .. begin + count).
-AUTO_GPTQ_INLINE float round_block(Numbers& own, int begin, int count, int terms) {
-  const int end = begin + count;
-  uint32_t largest = 0;  // as bits, for which NaN is larger than infinity
-  for (int i = begin; i < end; ++i) {
-    largest = std::max(largest, load<uint32_t>(own.x + i) & 0x7fffffff);
+// Where the bytes of x come from.
+struct Source {
+  const Order* order;
+  int64_t place[kSide];  // in its tile of each number; of 4 * kSide bytes only those that are not 0
+  int bytes;             // of x per tile and term
+  int turn;              // numbers that follow one another in the same half of the steps
+};
+
+AUTO_GPTQ_INLINE Source source_of(const Tiled& w, const Rounded& to) {
+  const int bytes = bytes_of_x(w.bits, to.few);
+  Source source{&kOrders[to.few][w.bits == 8 ? 3 : w.bits - 2], {}, bytes, kSide / 2};
+  for (int j = 0; j < kSide; ++j) {
+    const int input = bytes == kSide ? source.order->input[j] : j;
+    source.place[j] = place_of(w.run, input / 16, input % 16 / 4, input % 4);
   }
-  const float absolute = load<float>(&largest), most = terms == 1 ? kOneTerm : kTwoTerms;
-  // What is not finite makes all of the output NaN.  Of the least numbers nothing is left.
-  const bool finite = largest < 0x7f800000;
-  const float inverse = finite && absolute > 1e-30f ? most / absolute : 0.0f;
-  for (int i = begin; i < end; ++i) {
-    const float shifted = (finite ? own.x[i] : 0.0f) * inverse + 12582912.0f;  // to nearest
-    const int32_t whole = load<int32_t>(&shifted) - 0x4b400000;
+  if (to.few && bytes == kSide) {
+    source.turn = w.bits == 4 ? 8 : 4;
+  }
+  return source;
+}
+
+// What is not finite makes all of the output NaN.  Of the least numbers nothing is left.
+struct Size {
+  float largest;  // NaN if a number is not finite
+  float inverse;  // 0 if nothing is left
+
+  // Of a block of numbers.
+  static AUTO_GPTQ_INLINE Size of(const float* x, int count) {
+    uint32_t largest = 0;  // as bits, for which NaN is larger than infinity
+    for (int i = 0; i < count; ++i) {
+      largest = std::max(largest, load<uint32_t>(x + i) & 0x7fffffff);
+    }
+    const float absolute = load<float>(&largest);
+    const bool finite = largest < 0x7f800000;
+    return {finite ? absolute : __builtin_nanf(""),
+            finite && absolute > 1e-30f ? 1.0f / absolute : 0.0f};
+  }
+};
+
+AUTO_GPTQ_INLINE int32_t to_nearest(float x) {
+  const float shifted = x + 12582912.0f;
+  return load<int32_t>(&shifted) - 0x4b400000;
+}
+
+// Round x[begin .. begin + count), and give the scale.
+AUTO_GPTQ_INLINE float round_block(Numbers& own, int begin, int count, int terms) {
+  const float most = terms == 1 ? kOneTerm : kTwoTerms;
+  const Size size = Size::of(own.x + begin, count);
+  const float factor = size.inverse * most;
+  for (int i = begin; i < begin + count; ++i) {
+    const int32_t whole = to_nearest(factor == 0 ? 0.0f : own.x[i] * factor);
     const int32_t upper = terms == 1 ? whole : (whole + 64) >> 7;
     own.high[i] = static_cast<int8_t>(upper);
     own.low[i] = static_cast<int8_t>(whole - upper * 128);
   }
-  return finite ? absolute / most : __builtin_nanf("");
+  return size.largest / most;
 }
 
-AUTO_GPTQ_INLINE float sum_block(const Numbers& own, int begin, int terms) {
-  int32_t sum = 0;
-  for (int i = begin; i < begin + kSide / 2; ++i) {
-    sum += terms == 1 ? own.high[i] : own.high[i] * 128 + own.low[i];
-  }
-  return static_cast<float>(sum);
-}
-
-// Take the inputs of tile t of a row in the order of steps.
-AUTO_GPTQ_INLINE void take_tile(const Tiled& w, const float* row, int64_t t, float* to) {
-  const int64_t first = t * kSide;
-  const bool plain = !w.perm && first + kSide <= w.k;
-  for (int step = 0; step < 4; ++step) {
-    for (int q = 0; q < 4; ++q) {
-      float* four = to + step * 16 + q * 4;
-      const int64_t place = first + place_of(w.run, step, q, 0);
-      if (plain) {
-        store(four, load<Floats<4>>(row + place));
-        continue;
-      }
-      for (int64_t i = 0; i < 4; ++i) {
-        const int64_t at = place + i;
-        four[i] = at < w.k ? row[w.perm ? w.perm[at] : at] : 0.0f;
-      }
+// Round x[0 .. count) to bytes that are shifted by up to 7 bits, word by word, and give the scale.
+AUTO_GPTQ_INLINE float round_shifted(Numbers& own, int count, int32_t* shifts) {
+  const Size size = Size::of(own.x, count);
+  float largest[4 * kShifts] = {}, factors[4 * kShifts];
+  for (int i = 0; i < count; i += 4 * kShifts) {
+    for (int j = 0; j < 4 * kShifts; ++j) {
+      largest[j] = std::max(largest[j], std::abs(own.x[i + j]));
     }
+  }
+  for (int word = 0; word < kShifts; ++word) {
+    const float* four = largest + 4 * word;
+    const float most = std::max(std::max(four[0], four[1]), std::max(four[2], four[3]));
+    const float share = most * size.inverse * 128.0f;  // the least power of two that is not below it
+    const int32_t exponent = (load<int32_t>(&share) + 0x7fffff) >> 23;
+    shifts[word] = std::min(std::max(exponent - 127, 0), 7);
+    std::fill_n(factors + 4 * word, 4,
+                size.inverse * static_cast<float>(kOneTerm << 7 >> shifts[word]));
+  }
+  for (int i = 0; i < count; i += 4 * kShifts) {
+    for (int j = 0; j < 4 * kShifts; ++j) {
+      const float value = factors[j] == 0 ? 0.0f : own.x[i + j] * factors[j];
+      own.high[i + j] = static_cast<int8_t>(to_nearest(value));
+    }
+  }
+  return size.largest / (kOneTerm << 7);
+}
+
+// Add up the numbers of each half of a tile that starts at `begin`, before scaling.
+AUTO_GPTQ_INLINE void sum_halves(const Numbers& own,
+                                 int begin,
+                                 int turn,
+                                 int terms,
+                                 const int32_t* shifts,  // or null
+                                 float (&sums)[2]) {
+  int32_t whole[2] = {};
+  for (int i = 0; i < kSide; i += 4) {
+    int32_t sum = 0;
+    for (int j = begin + i; j < begin + i + 4; ++j) {
+      sum += terms == 1 ? own.high[j] : own.high[j] * 128 + own.low[j];
+    }
+    whole[i / turn % 2] += shifts ? sum << shifts[i / 4 % kShifts] : sum;
+  }
+  sums[0] = static_cast<float>(whole[0]);
+  sums[1] = static_cast<float>(whole[1]);
+}
+
+// Take the inputs of tile t of a row in the order of x's bytes.
+AUTO_GPTQ_INLINE void take_tile(
+    const Tiled& w, const Source& source, const float* row, int64_t t, float* to) {
+  const int64_t first = t * kSide;
+  if (!w.perm && first + kSide <= w.k) {
+    for (int j = 0; j < kSide; ++j) {
+      to[j] = row[first + source.place[j]];
+    }
+    return;
+  }
+  for (int j = 0; j < kSide; ++j) {
+    const int64_t at = first + source.place[j];
+    to[j] = at < w.k ? row[w.perm ? w.perm[at] : at] : 0.0f;
+  }
+}
+
+AUTO_GPTQ_INLINE void put_codes(const Source& source, const int8_t* from, int8_t* to) {
+  if (source.bytes == kSide) {
+    std::memcpy(to, from, kSide);
+    return;
+  }
+  for (int j = 0; j < source.bytes; ++j) {
+    const int input = source.order->input[j];
+    to[j] = input == kNothing ? 0 : from[input];
   }
 }
 
 AUTO_GPTQ_INLINE void round_rows(
     const Tiled& w, const float* x, const Rounded& to, int64_t begin, int64_t end) {
-  const Order& order = kOrders[to.few][w.bits == 8 ? 3 : w.bits - 2];
-  const int bytes = bytes_of_x(w.bits, to.few);
+  const Source source = source_of(w, to);
   const int64_t tiles = tiles_of(w.k);
+  const bool shifted = to.few && to.terms == 1;
   Numbers own;
   for (int64_t m = begin; m < end; ++m) {
     for (int64_t t = 0; t < tiles; t += to.unit) {
       const int count = static_cast<int>(std::min<int64_t>(to.unit, tiles - t)) * kSide;
       for (int i = 0; i < count; i += kSide) {
-        take_tile(w, x + m * w.k, t + i / kSide, own.x + i);
+        take_tile(w, source, x + m * w.k, t + i / kSide, own.x + i);
       }
-      const int block = to.terms == 1 ? kSide / 2 : count;
+      int32_t* shifts = shifted ? to.shifts + (m * tiles + t) * kShifts : nullptr;
+      float* scales = to.scales + (m * tiles + t) * 2;
+      const int block = to.terms == 1 && !shifted ? kSide / 2 : count;
       for (int i = 0; i < count; i += block) {
-        const float scale = round_block(own, i, block, to.terms);
-        for (int half = i; half < i + block; half += kSide / 2) {
-          const int64_t at = (m * tiles + t) * 2 + half / (kSide / 2);
-          to.scales[at] = scale;
-          to.sums[at] = sum_block(own, half, to.terms) * scale;
-        }
+        const float scale =
+            shifted ? round_shifted(own, count, shifts) : round_block(own, i, block, to.terms);
+        std::fill_n(scales + i / (kSide / 2), block / (kSide / 2), scale);
       }
       for (int i = 0; i < count; i += kSide) {
-        int8_t* codes = to.codes + (m * tiles + t + i / kSide) * to.terms * bytes;
-        for (int j = 0; j < bytes; ++j) {
-          const int input = order.input[j];
-          codes[j] = input == kNothing ? 0 : own.high[i + input];
-          if (to.terms == 2) {
-            codes[bytes + j] = input == kNothing ? 0 : own.low[i + input];
-          }
+        const int64_t at = m * tiles + t + i / kSide;
+        float sums[2];
+        sum_halves(own, i, source.turn, to.terms, shifts, sums);
+        to.sums[at * 2] = sums[0] * to.scales[at * 2];
+        to.sums[at * 2 + 1] = sums[1] * to.scales[at * 2 + 1];
+        int8_t* codes = to.codes + at * to.terms * source.bytes;
+        put_codes(source, own.high + i, codes);
+        if (to.terms == 2) {
+          put_codes(source, own.low + i, codes + source.bytes);
         }
       }
     }

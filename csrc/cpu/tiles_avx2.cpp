@@ -26,20 +26,30 @@ struct Avx2 {
     return (Ints<8>)_mm256_madd_epi16(sums, _mm256_set1_epi16(factor));
   }
 
+  // Of up to four vectors: 2 * 4 * 15 * 127 at most.
   template <Kind KIND, int N>
-  static AUTO_GPTQ_INLINE Ints<8> dot(const Words<8> (&codes)[N], const Words<8> (&x)[N]) {
-    static_assert(N <= 8);
+  static AUTO_GPTQ_INLINE Ints<8> dot(const Words<8> (&codes)[N],
+                                      const Words<8> (&x)[N],
+                                      int factor = 1) {
+    static_assert(KIND == kNibbles || KIND == kSparse);
     Ints<8> sum{};
     __m256i sums{};
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int i = 0; i < N; ++i) {
       if constexpr (KIND == kNibbles) {
-        sums = _mm256_add_epi16(sums, pairs(codes[i], x[i]));
+        sums = i ? _mm256_add_epi16(sums, pairs(codes[i], x[i])) : pairs(codes[i], x[i]);
       } else {
-        sum += widen(pairs(codes[i], x[i]), 1);
+        sum += widen(pairs(codes[i], x[i]), factor);
       }
     }
-    return KIND == kNibbles ? widen(sums, 1) : sum;
+    return KIND == kNibbles ? widen(sums, factor) : sum;
+  }
+
+  template <Kind KIND, int N>
+  static AUTO_GPTQ_INLINE Ints<8> dot(const Words<8> (&codes)[N],
+                                      const Words<8> (&high)[N],
+                                      const Words<8> (&low)[N]) {
+    return dot<KIND>(codes, high, 128) + dot<KIND>(codes, low);
   }
 
   template <Kind KIND>
@@ -58,8 +68,40 @@ struct Avx2 {
     return KIND == kNibbles ? widen(low, 1) : widen(low, 1) + widen(high, 16);
   }
 
-  static AUTO_GPTQ_INLINE Floats<8> repeat(const float* from) {
-    return (Floats<8>)_mm256_broadcast_ps((const __m128*)from);
+  static AUTO_GPTQ_INLINE Words<8> keep(Words<8> x) { return x; }
+
+  static AUTO_GPTQ_INLINE Ints<8> repeat_shifts(const int32_t* shifts) {
+    return load<Ints<8>>(shifts);
+  }
+
+  static AUTO_GPTQ_INLINE Words<8> repeat_eight(const uint32_t* words, int p) {
+    return load<Words<8>>(words) >> p * 4;
+  }
+
+  static AUTO_GPTQ_INLINE Words<8> double_four(const uint32_t* words) {
+    const __m256i four = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)words));
+    const Words<8> order = {0, 0, 1, 1, 2, 2, 3, 3};
+    return (Words<8>)_mm256_permutevar8x32_epi32(four, (__m256i)order);
+  }
+
+  // Sums over 128 bits of four vectors, in every 128 bits.
+  static AUTO_GPTQ_INLINE __m256 add_four(const Floats<8>* v) {
+    return _mm256_hadd_ps(_mm256_hadd_ps((__m256)v[0], (__m256)v[1]),
+                          _mm256_hadd_ps((__m256)v[2], (__m256)v[3]));
+  }
+
+  static AUTO_GPTQ_INLINE void add_lanes(const Floats<8> (&v)[16], float* sums) {
+#pragma GCC unroll 2
+    for (int i = 0; i < 16; i += 8) {
+      const __m256 a = add_four(v + i), b = add_four(v + i + 4);
+      store(sums + i, _mm256_permute2f128_ps(a, b, 0x20) + _mm256_permute2f128_ps(a, b, 0x31));
+    }
+  }
+
+  static AUTO_GPTQ_INLINE Floats<8> widen_halves(Halves halves) { return widen_half(halves); }
+
+  static AUTO_GPTQ_INLINE Ints<8> widen_bytes(const uint8_t* bytes) {
+    return (Ints<8>)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)bytes));
   }
 
   static AUTO_GPTQ_INLINE Floats<8> widen_half(Halves halves) {

@@ -13,6 +13,7 @@ namespace auto_gptq {
 constexpr int kSide = 64;           // of a tile
 constexpr int kRows = 16;           // outputs of a row tile
 constexpr int kRounded = 32;        // inputs of x that share a scale, a half of the steps
+constexpr int kShifts = 8;          // of a tile, of few rows of one term
 constexpr int kNothing = kSide;     // a place of no input, where x counts as 0
 constexpr int kTwoTerms = 16256;    // the largest 128 h + l with h and l in a byte
 constexpr int kOneTerm = 127;

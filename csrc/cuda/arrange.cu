@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kThreads) arrange_x(const __grid_constant__ Pr
   const int64_t id = blockIdx.x * int64_t{kThreads} + threadIdx.x;
   const int64_t rows = arranged_rows(p.m), row = id / 8 % rows, tile = id / 8 / rows;
   const int chunk = static_cast<int>(id % 8);
-  if (tile * kSide >= p.weight.k) {
+  if (tile * kSide >= (p.weight.k + 127) / 128 * 128) {
     return;
   }
   wait_for_previous_kernel();
@@ -50,7 +50,3 @@ const char* arrange(const Product& product, cudaStream_t stream) {
 }
 
 }  // namespace auto_gptq
-
-int64_t auto_gptq_cuda_arranged_bytes(const auto_gptq::Product* product) {
-  return auto_gptq::arranged_bytes(*product);
-}

@@ -3,6 +3,8 @@
 // "wgmma".
 #pragma once
 
+#include <cuda.h>
+
 #include <cstdint>
 
 namespace auto_gptq::hopper {
@@ -75,6 +77,50 @@ __device__ __forceinline__ uint32_t map_shared(uint32_t address, int rank) {
   return mapped;
 }
 
+// Arrive at the same barrier in another block of the cluster.
+__device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier, int rank) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(
+                   map_shared(barrier, rank))
+               : "memory");
+}
+
+// Boxes of a matrix: into every block of the cluster that the mask names, at the same place, or out
+// of shared memory.  What lies outside the matrix reads as zeros and is not written.
+__device__ __forceinline__ void box_copy(uint32_t to,
+                                         const CUtensorMap* map,
+                                         int column,
+                                         int row,
+                                         uint32_t barrier,
+                                         uint16_t mask) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(mask)
+      : "memory");
+}
+
+__device__ __forceinline__ void box_store(const CUtensorMap* map,
+                                          int column,
+                                          int row,
+                                          uint32_t from) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\n"
+      "cp.async.bulk.commit_group;" ::"l"(map),
+      "r"(column), "r"(row), "r"(from)
+      : "memory");
+}
+
+// Until at most so many of this thread's stores still read shared memory.
+template <int PENDING>
+__device__ __forceinline__ void box_stores_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
+}
+
+// Ordinary stores to shared memory come before copies out of it.
+__device__ __forceinline__ void publish_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 __device__ __forceinline__ void store_remote(uint32_t to, const float* v) {
   asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(v[0]), "f"(v[1]),
                "f"(v[2]), "f"(v[3])
@@ -138,6 +184,13 @@ __device__ __forceinline__ uint64_t rows_descriptor(uint32_t address) {
                     AUTO_GPTQ_TEN() AUTO_GPTQ_TEN(1) AUTO_GPTQ_TEN(2) AUTO_GPTQ_TEN(3)           \
                         AUTO_GPTQ_TEN(4) AUTO_GPTQ_TEN(5) "%60,%61,%62,%63",                     \
                     64, 65, 66, 67, 68, 69, AUTO_GPTQ_D32(0), AUTO_GPTQ_D32(32));                \
+  } else if constexpr (ROWS == 192) {                                                            \
+    AUTO_GPTQ_WGMMA(192, TYPE,                                                                   \
+                    AUTO_GPTQ_TEN() AUTO_GPTQ_TEN(1) AUTO_GPTQ_TEN(2) AUTO_GPTQ_TEN(3)           \
+                        AUTO_GPTQ_TEN(4) AUTO_GPTQ_TEN(5) AUTO_GPTQ_TEN(6) AUTO_GPTQ_TEN(7)      \
+                            AUTO_GPTQ_TEN(8) "%90,%91,%92,%93,%94,%95",                          \
+                    96, 97, 98, 99, 100, 101, AUTO_GPTQ_D32(0), AUTO_GPTQ_D32(32),               \
+                    AUTO_GPTQ_D32(64));                                                          \
   } else {                                                                                       \
     static_assert(ROWS == 256);                                                                  \
     AUTO_GPTQ_WGMMA(                                                                             \

@@ -17,11 +17,13 @@ struct Row {
   int64_t (*workspace)(const Product*);  // null: none
 };
 
+constexpr int64_t kAnyM = 1 << 24;
 constexpr int64_t kMostK = 1 << 20;  // what 32-bit arithmetic on groups allows
 
 constexpr Row kTable[] = {
     {75, 999, 16, 0, auto_gptq_cuda_q_small, auto_gptq_cuda_sorted_x_bytes},
-    {90, 90, 1024, 0, auto_gptq_cuda_q_wgmma, auto_gptq_cuda_arranged_bytes},
+    {90, 90, 128, 0, auto_gptq_cuda_q_wgmma, auto_gptq_cuda_q_wgmma_bytes},
+    {90, 90, kAnyM, 0, auto_gptq_cuda_q_wide, auto_gptq_cuda_q_wide_bytes},
     {80, 999, 64, 0, auto_gptq_cuda_q_mma, auto_gptq_cuda_q_mma_bytes},
 };
 

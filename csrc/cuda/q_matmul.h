@@ -12,12 +12,14 @@ const char* auto_gptq_cuda_gather(const auto_gptq::Product* product, void* strea
 // Bytes of x in the order of the tiles; 0 if that is its own.
 int64_t auto_gptq_cuda_sorted_x_bytes(const auto_gptq::Product* product);
 
-// More rows of x: arranged first (arrange.h), at the beginning of the workspace.
-int64_t auto_gptq_cuda_arranged_bytes(const auto_gptq::Product* product);
-
 // Some dozen rows of x, sm_80 and later (q_mma.cu).
 const char* auto_gptq_cuda_q_mma(const auto_gptq::Product* product, void* stream);
 int64_t auto_gptq_cuda_q_mma_bytes(const auto_gptq::Product* product);
 
-// sm_90 alone (q_wgmma_sm90.cu).
+// Some dozen to some hundred rows of x, sm_90 alone (q_wgmma_sm90.cu).
 const char* auto_gptq_cuda_q_wgmma(const auto_gptq::Product* product, void* stream);
+int64_t auto_gptq_cuda_q_wgmma_bytes(const auto_gptq::Product* product);
+
+// Hundreds of rows of x and more, sm_90 alone (q_wide_sm90.cu).
+const char* auto_gptq_cuda_q_wide(const auto_gptq::Product* product, void* stream);
+int64_t auto_gptq_cuda_q_wide_bytes(const auto_gptq::Product* product);

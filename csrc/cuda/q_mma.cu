@@ -12,6 +12,7 @@
 #include "device.h"
 #include "mma.cuh"
 #include "q_matmul.h"
+#include "store.cuh"
 #include "tiles.cuh"
 
 namespace auto_gptq {
@@ -21,22 +22,6 @@ constexpr int kThreads = 256;
 constexpr int kRowTiles = 2;    // of a warp
 constexpr int kColumns = 256;   // outputs of a block
 constexpr int kStages = 4;      // tiles of x in shared memory
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  if constexpr (Pairs<T>::kMantissa == 10) {
-    const __half2 v = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&v);
-  } else {
-    const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&v);
-  }
-}
-
-__device__ __forceinline__ uint32_t transpose(uint32_t pair) {
-  uint32_t result;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
-  return result;
-}
 
 // What a lane has of one row tile in one tile: codes, and per span the grids of its two outputs.
 template <int BITS, typename T, int SPANS>
@@ -86,27 +71,6 @@ __device__ __forceinline__ void read_rows(uint32_t rows, int s, int lane, uint32
                : "=r"(b[0][0]), "=r"(b[0][1]), "=r"(b[1][0]), "=r"(b[1][1])
                : "r"(from)
                : "memory");
-}
-
-template <typename T>
-__device__ __forceinline__ void store(const Product& p, int row, int output, const float (&four)[4]) {
-  const int lane = threadIdx.x % 32, n = static_cast<int>(p.weight.n), m = static_cast<int>(p.m);
-  if (output >= n) {  // a multiple of 32
-    return;
-  }
-  float add[2] = {0, 0};
-  if (p.bias) {
-    const T* bias = static_cast<const T*>(p.bias) + output + lane / 4;
-    add[0] = static_cast<float>(bias[0]);
-    add[1] = static_cast<float>(bias[8]);
-  }
-  const uint32_t low = transpose(pack<T>(four[0] + add[0], four[1] + add[0]));
-  const uint32_t high = transpose(pack<T>(four[2] + add[1], four[3] + add[1]));
-  if (row + lane / 4 < m) {
-    T* to = static_cast<T*>(p.y) + static_cast<int64_t>(row + lane / 4) * n + output + lane % 4 * 2;
-    *reinterpret_cast<uint32_t*>(to) = low;
-    *reinterpret_cast<uint32_t*>(to + 8) = high;
-  }
 }
 
 __device__ __forceinline__ void store_part(const Product& p, float* part, int row, int output, const float (&four)[4]) {
@@ -206,7 +170,9 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (gridDim.z > 1) {
         store_part(p, part, row + 8 * eight, output + 16 * r, sums[r][eight]);
       } else {
-        store<T>(p, row + 8 * eight, output + 16 * r, sums[r][eight]);
+        const float* four = sums[r][eight];
+        store_sums<T>(p, row + 8 * eight, output + 16 * r,
+                      make_float4(four[0], four[1], four[2], four[3]));
       }
     }
   }

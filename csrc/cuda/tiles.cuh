@@ -130,36 +130,42 @@ struct Pairs<__nv_bfloat16> {
   }
 };
 
-// A field that starts at bit `shift` of the mantissa of kMagic: give the code minus the middle one.
-template <int BITS, typename T>
-__device__ __forceinline__ uint32_t centred(uint32_t magic, int shift) {
-  const float one = 1 << Pairs<T>::kMantissa, middle = 1 << (BITS - 1);
-  if (shift == 0) {
-    return Pairs<T>::add(magic, Pairs<T>::constant(-(one + middle)));
+// A field that starts at bit `shift` of the mantissa of kMagic: give the code minus the middle one,
+// or minus `zero`, a pair of small whole numbers in T.
+template <int BITS, typename T, bool ZEROS>
+__device__ __forceinline__ uint32_t centred(uint32_t magic, int shift, uint32_t zero) {
+  const float unit = 1.0f / (1 << shift), one = (1 << Pairs<T>::kMantissa) * unit;
+  uint32_t minus = Pairs<T>::constant(-(one + (1 << (BITS - 1))));
+  if constexpr (ZEROS) {
+    minus = Pairs<T>::fma(zero, Pairs<T>::constant(-1.0f), Pairs<T>::constant(-one));
   }
-  const float unit = 1.0f / (1 << shift);
-  return Pairs<T>::fma(magic, Pairs<T>::constant(unit),
-                       Pairs<T>::constant(-(one * unit + middle)));
+  return shift == 0 ? Pairs<T>::add(magic, minus)
+                    : Pairs<T>::fma(magic, Pairs<T>::constant(unit), minus);
 }
 
-// The A operand of one step of mma.m16n8k16: codes minus 2^(bits - 1), exact in both types.
+// The A operand of one step of mma.m16n8k16: codes minus 2^(bits - 1), or if ZEROS minus the zero of
+// the output, r0 or r1, of which `zeros` has pairs; exact in both types.
 //
 // a[0] = r0, i 0 and 1; a[1] = r1, i 0 and 1; a[2] = r0, i 2 and 3; a[3] = r1, i 2 and 3.
-template <int BITS, typename T>
-__device__ __forceinline__ void decode(const LaneCodes<BITS>& codes, int step, uint32_t (&a)[4]) {
+template <int BITS, typename T, bool ZEROS = false>
+__device__ __forceinline__ void decode(const LaneCodes<BITS>& codes,
+                                       int step,
+                                       uint32_t (&a)[4],
+                                       const uint32_t (&zeros)[2] = {}) {
   constexpr bool kIsHalf = Pairs<T>::kMantissa == 10;
   const uint32_t magic = twice(Pairs<T>::kMagic);
   if constexpr (BITS == 4) {
     const uint32_t word = codes.word[step];
     if constexpr (kIsHalf) {
-      a[0] = centred<4, T>(masked_or(word, 0x000f000f, magic), 0);
-      a[1] = centred<4, T>(masked_or(word, 0x00f000f0, magic), 4);
-      a[2] = centred<4, T>(masked_or(word >> 8, 0x000f000f, magic), 0);
-      a[3] = centred<4, T>(masked_or(word >> 8, 0x00f000f0, magic), 4);
+      a[0] = centred<4, T, ZEROS>(masked_or(word, 0x000f000f, magic), 0, zeros[0]);
+      a[1] = centred<4, T, ZEROS>(masked_or(word, 0x00f000f0, magic), 4, zeros[1]);
+      a[2] = centred<4, T, ZEROS>(masked_or(word >> 8, 0x000f000f, magic), 0, zeros[0]);
+      a[3] = centred<4, T, ZEROS>(masked_or(word >> 8, 0x00f000f0, magic), 4, zeros[1]);
     } else {
 #pragma unroll
       for (int f = 0; f < 4; ++f) {
-        a[f] = centred<4, T>(masked_or(word >> (4 * f), 0x000f000f, magic), 0);
+        const uint32_t field = masked_or(word >> (4 * f), 0x000f000f, magic);
+        a[f] = centred<4, T, ZEROS>(field, 0, zeros[f % 2]);
       }
     }
   } else if constexpr (BITS == 8) {
@@ -167,10 +173,14 @@ __device__ __forceinline__ void decode(const LaneCodes<BITS>& codes, int step, u
     for (int f = 0; f < 4; ++f) {
       const uint32_t word = codes.word[2 * step + f / 2] >> (f % 2 * 8);
       if constexpr (kIsHalf) {
-        a[f] = centred<8, T>(masked_or(word, 0x00ff00ff, magic), 0);
+        a[f] = centred<8, T, ZEROS>(masked_or(word, 0x00ff00ff, magic), 0, zeros[f % 2]);
       } else {  // 128 + (code & 127), minus 128 or 256
         a[f] = Pairs<T>::add(masked_or(word, 0x007f007f, magic),
                              unmasked_or(word, 0x00800080, 0xc300c300));
+        if constexpr (ZEROS) {
+          const uint32_t minus = Pairs<T>::constant(-1.0f), middle = Pairs<T>::constant(128.0f);
+          a[f] = Pairs<T>::add(a[f], Pairs<T>::fma(zeros[f % 2], minus, middle));
+        }
       }
     }
   } else {  // 2 bits, or 3 of which the highest lies in a plane of its own, two bits further up
@@ -183,11 +193,11 @@ __device__ __forceinline__ void decode(const LaneCodes<BITS>& codes, int step, u
       const uint32_t mask = 0x00030003u << (2 * f), upper_mask = 0x00040004u << (2 * f);
       if (kIsHalf || f < 3) {
         const uint32_t base = BITS == 3 ? masked_or(upper, upper_mask, magic) : magic;
-        a[f] = centred<BITS, T>(masked_or(low, mask, base), 2 * f);
+        a[f] = centred<BITS, T, ZEROS>(masked_or(low, mask, base), 2 * f, zeros[f % 2]);
       } else {  // beyond the mantissa of bf16
         const uint32_t base = BITS == 3 ? upper & upper_mask : 0;
         const uint32_t code = masked_or(low, mask, base) >> 6;
-        a[f] = centred<BITS, T>(code | magic, 0);
+        a[f] = centred<BITS, T, ZEROS>(code | magic, 0, zeros[f % 2]);
       }
     }
   }

@@ -24,6 +24,7 @@ from tests.tiny import tiny_examples, tiny_model
 
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install auto-gptq[peft]")
 
+CPU = torch.device("cpu")
 LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
@@ -60,12 +61,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("peft") / "packed", "llama", {})
 
 
-def _load(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def _load(folder: Path, device: torch.device = CPU) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
 
 
 def _train(model: Any, steps: int = 5) -> list[float]:
-    ids = torch.arange(2, 34).repeat(2, 1)
+    ids = torch.arange(2, 34, device=model.device).repeat(2, 1)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
     losses = []
@@ -105,10 +106,10 @@ def test_an_adapter_learns_and_comes_back_the_same(
 
 @pytest.mark.parametrize("make_config", ADAPTERS.values(), ids=ADAPTERS)
 def test_plain_peft_trains_a_model_that_plain_transformers_loaded(
-    make_config: Callable[[], Any], checkpoint: Path, tmp_path: Path
+    make_config: Callable[[], Any], checkpoint: Path, tmp_path: Path, device: torch.device
 ) -> None:
     model = peft.prepare_model_for_kbit_training(
-        _load(checkpoint), use_gradient_checkpointing=False
+        _load(checkpoint, device), use_gradient_checkpointing=False
     )
     model = peft.get_peft_model(model, make_config())
     for name, parameter in model.named_parameters():
@@ -117,22 +118,24 @@ def test_plain_peft_trains_a_model_that_plain_transformers_loaded(
     losses = _train(model)
     assert losses[-1] < losses[0]
     model.eval().save_pretrained(tmp_path)
-    back = peft.PeftModel.from_pretrained(_load(checkpoint), tmp_path).eval()
-    ids = torch.arange(2, 20)[None]
+    back = peft.PeftModel.from_pretrained(_load(checkpoint, device), tmp_path).eval()
+    ids = torch.arange(2, 20, device=device)[None]
     assert torch.equal(back(input_ids=ids).logits, model(input_ids=ids).logits)
     assert "base_layer" not in "".join(load_file(tmp_path / "adapter_model.safetensors"))
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
 @pytest.mark.parametrize("by", ["us", "PEFT"])
-def test_experts_are_adapted_and_come_back(model_type: str, by: str, tmp_path: Path) -> None:
+def test_experts_are_adapted_and_come_back(
+    model_type: str, by: str, tmp_path: Path, device: torch.device
+) -> None:
     """PEFT once rewrote these targets for fused tensors, and trained q_proj alone."""
     dense = tiny_moe(model_type)
     pack(dense)
     write(dense, tmp_path / "packed", TYPES[model_type] if V5 else None)
     down = "w2" if model_type == "mixtral" else "down_proj"
     config = peft.LoraConfig(r=4, target_modules=["q_proj", down], task_type="CAUSAL_LM")
-    base = _load(tmp_path / "packed")
+    base = _load(tmp_path / "packed", device)
     if by == "us":
         model = ours.get_gptq_peft_model(base, config, auto_find_all_linears=False, train_mode=True)
     else:
@@ -145,13 +148,13 @@ def test_experts_are_adapted_and_come_back(model_type: str, by: str, tmp_path: P
     losses = _train(model)
     assert losses[-1] < losses[0]
     model.eval().save_pretrained(tmp_path / "adapter")
-    fresh = _load(tmp_path / "packed")
+    fresh = _load(tmp_path / "packed", device)
     if by == "us":
         back = ours.get_gptq_peft_model(fresh, model_id=str(tmp_path / "adapter"))
     else:
         with ours.adapting_experts():
             back = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter")
-    ids = torch.arange(2, 20)[None]
+    ids = torch.arange(2, 20, device=device)[None]
     assert torch.equal(back.eval()(input_ids=ids).logits, model(input_ids=ids).logits)
 
 

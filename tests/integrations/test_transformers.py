@@ -201,25 +201,31 @@ def test_a_base_model_loads_from_the_checkpoint_of_a_model_with_a_head(
 
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_generate_writes_what_the_dequantized_model_writes(
-    cache: str | None, checkpoint: Callable[[str], Path]
+    cache: str | None, checkpoint: Callable[[str], Path], device: torch.device
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"), dtype=torch.float32)
+    model.to(device)
     dense = copy.deepcopy(model).dequantize()
     options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    ids = IDS.repeat(2, 1)
+    options["disable_compile"] = True  # on a GPU a static cache would mean to compile
+    ids = IDS.repeat(2, 1).to(device)
     wanted = dense.generate(ids, **options)
     assert torch.equal(model.generate(ids, cache_implementation=cache, **options), wanted)
 
 
-def test_generate_compiles_the_model_as_one_graph(checkpoint: Callable[[str], Path]) -> None:
+def test_generate_compiles_the_model_as_one_graph(
+    checkpoint: Callable[[str], Path], device: torch.device
+) -> None:
     """With a static cache on a GPU transformers compiles what says that it can be compiled."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"), dtype=torch.float32)
+    model.to(device)
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    wanted = model.generate(IDS, **options)
+    ids = IDS.to(device)
+    wanted = model.generate(ids, **options)
     how = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
     how._compile_all_devices = True  # transformers' own tests compile on a CPU by this
     torch._dynamo.utils.counters.clear()
-    found = model.generate(IDS, cache_implementation="static", compile_config=how, **options)
+    found = model.generate(ids, cache_implementation="static", compile_config=how, **options)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
     assert torch.equal(found, wanted)

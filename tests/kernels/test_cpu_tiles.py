@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from auto_gptq.formats.tiles import TileTensors, run_length
-from auto_gptq.kernels import native, ops, reference
+from auto_gptq.kernels import decode_ops, native, ops, reference
 from tests.kernels.test_tile_ops import operands, random_weight
 
-assert ops  # importing it defines the operators
+assert ops and decode_ops  # importing them defines the operators
 
 OPS = torch.ops.auto_gptq
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ def test_products_are_near_float64(bits: int, group_size: int, act_order: bool) 
     for k, n in ((288, 96), (1120, 32)):
         _, tiled = random_weight(bits, group_size, k, n, CPU, act_order=act_order)
         settings = bits, group_size, k, n
-        for m in (1, 3, 5, 19):
+        for m in (1, 3, 7, 35):
             x, bias = torch.randn(m, k), torch.randn(n)
             expected = exact(x, tiled, settings, bias)
             two = OPS.q_matmul(x, *operands(tiled), bias, *settings)
@@ -64,7 +64,7 @@ def test_many_rows_in_one_byte_are_what_plain_torch_gives(bits: int) -> None:
     """The same numbers but for those that lie between two: an even count of them rounds apart."""
     for group_size, act_order in ((32, False), (64, True), (128, False)):
         _, tiled = random_weight(bits, group_size, 288, 96, CPU, act_order=act_order)
-        arguments = torch.randn(9, 288), *operands(tiled), None, bits, group_size, 288, 96
+        arguments = torch.randn(35, 288), *operands(tiled), None, bits, group_size, 288, 96
         assert (
             relative_error(OPS.q_matmul_int8(*arguments), reference.q_matmul_int8(*arguments))
             < ONE_BYTE / 20
@@ -97,7 +97,7 @@ def test_edges_of_x() -> None:
         assert not product(torch.zeros(6, 128), op).any()
         assert product(torch.full((6, 128), 1e-38), op).abs().max() < 1e-30
         for broken in (float("nan"), float("inf"), -float("inf")):
-            for m in (1, 6):
+            for m in (1, 6, 34):
                 x = torch.randn(m, 128)
                 x[0, 77] = broken
                 y = product(x, op)
@@ -124,6 +124,37 @@ def test_outliers_cost_only_their_neighbours() -> None:
     assert relative_error(difference, exact(only, tiled, settings, None)) < 1e-3
 
 
+def test_outliers_in_one_byte_cost_only_few_neighbours() -> None:
+    """A few rows share a scale among 128 inputs, but not how far each word is shifted."""
+    _, tiled = random_weight(4, 128, 512, 64, CPU)
+    settings = 4, 128, 512, 64
+    x = torch.randn(3, 512)
+    x[:, 3] = 100.0
+    rest = x.clone()
+    rest[:, 3] = 0
+    weight = reference.dequantize_tiles(*operands(tiled), *settings, torch.float32)
+    others = OPS.q_matmul_int8(x, *operands(tiled), None, *settings) - x[:, 3:4] * weight[:, 3]
+    assert relative_error(others, exact(rest, tiled, settings, None)) < 2 * ONE_BYTE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_dense_weight_times_a_few_rows_is_near_float64(dtype: torch.dtype) -> None:
+    """Rows that go four and one at a time, and as many as are torch's; K that fills no vectors."""
+    for k in (8, 576, 1000, 12):
+        weight = torch.randn(50, k).to(dtype)
+        for m in (0, 1, 4, 7, 9):
+            x = torch.randn(m, k).to(dtype)
+            y = OPS.dense_matmul(x, weight)
+            assert y.dtype == dtype
+            assert y.shape == (m, 50)
+            if m:
+                expected = x.double() @ weight.double().t()
+                assert relative_error(y, expected) < torch.finfo(dtype).eps + 1e-6  # fp32 sums
+    with pytest.raises(RuntimeError, match=r"x is \[1, 8\] and weight is \[50, 12\]"):
+        OPS.dense_matmul(torch.zeros(1, 8), torch.zeros(50, 12))
+    torch.library.opcheck(OPS.dense_matmul, (torch.randn(2, 16), torch.randn(8, 16)))
+
+
 def test_opcheck_of_int8() -> None:
     _, tiled = random_weight(4, 32, 96, 64, CPU, act_order=True)
     x, bias = torch.randn(2, 3, 96, requires_grad=True), torch.randn(64)
@@ -146,7 +177,7 @@ class Rounded(ctypes.Structure):
     _fields_ = (
         ("m", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("terms", "few", "unit")),
-        *((name, ctypes.c_void_p) for name in ("codes", "scales", "sums")),
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "sums", "shifts")),
     )
 
 
@@ -180,11 +211,12 @@ def test_every_instruction_set_gives_the_product(
     pointers = [0 if t is None else t.data_ptr() for t in operands(tiled)]
     groups, run = tiled.scales.shape[0], run_length(group_size, k)
     weight = Tiled(*pointers, k, n, groups, group_size, bits, run, 1)
-    for terms in (2,) if few else (1, 2):
+    for terms in (2,) if few and bits == 8 else (1, 2):
         buffers = (
             torch.zeros(m, tiles, terms, width, dtype=torch.int8),
             torch.zeros(m, tiles, 2),
             torch.zeros(m, tiles, 2),
+            torch.zeros(m, tiles, 8, dtype=torch.int32),
         )
         unit = 2 if group_size == 128 and bits != 8 else 1
         rounded = Rounded(m, terms, few, unit, *(t.data_ptr() for t in buffers))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ def test_padded_shapes(shape: tuple[int, int], dtype: torch.dtype, device: torch
     settings = 4, 32, *shape
     _, tiled = random_weight(*settings, device)
     weight = exact_weight(tiled, settings)
-    for m in (18,) if device.type == "cpu" else (17, 32, 63, 65, 129, 200, 257, 520):
+    for m in (18,) if device.type == "cpu" else (17, 32, 63, 65, 129, 192, 200, 257, 520, 1100):
         x = torch.randn(m, shape[0], device=device).to(dtype)
         assert_as_good_as_plain(multiply(x, tiled, settings), x, weight)
 
@@ -33,7 +35,7 @@ def test_sums_of_many_inputs(bits: int, group_size: int) -> None:
     _, tiled = random_weight(*settings, device, act_order=group_size == 128)
     weight = exact_weight(tiled, settings)
     bias = torch.randn(n, device=device).half()
-    for m in (24, 64, 128, 300):
+    for m in (24, 64, 128, 300, 700):
         x = torch.randn(m, k, device=device).half()
         y = multiply(x, tiled, settings, bias)
         assert_as_good_as_plain(y, x, weight, bias)
@@ -42,20 +44,57 @@ def test_sums_of_many_inputs(bits: int, group_size: int) -> None:
 
 
 @pytest.mark.gpu
-def test_panels_of_the_weight() -> None:
-    """From 2048 rows on the dense weight exists 16 MiB at a time: here two panels and a part."""
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
+@pytest.mark.parametrize("group_size", [32, 64, -1])
+def test_scales_of_any_type_go_with_many_rows(
+    group_size: int, symmetric: bool, scale_dtype: torch.dtype
+) -> None:
+    device = torch.device("cuda")
+    for bits in BITS:
+        settings = bits, group_size, 704, 352
+        _, tiled = random_weight(*settings, device, symmetric=symmetric, dtype=scale_dtype)
+        weight = exact_weight(tiled, settings)
+        for dtype in (torch.float16, torch.bfloat16):
+            for m in (20, 64, 100):
+                x = torch.randn(m, 704, device=device).to(dtype)
+                assert_as_good_as_plain(multiply(x, tiled, settings), x, weight)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(24))
+def test_random_shapes_of_many_rows(seed: int) -> None:
+    """Results that blocks have alone, or share in odd ways: no two draws deal them out alike."""
+    device, draw = torch.device("cuda"), random.Random(seed)
+    k, n = 32 * draw.randint(4, 400), 32 * draw.choice([draw.randint(1, 64), draw.randint(64, 700)])
+    settings = draw.choice(BITS), draw.choice([16, 32, 64, 128, -1]), k, n
+    how = {"symmetric": draw.random() < 0.5, "act_order": draw.random() < 0.3}
+    _, tiled = random_weight(*settings, device, **how)
+    weight = exact_weight(tiled, settings)
+    dtype = draw.choice([torch.float16, torch.bfloat16])
+    for m in (draw.randint(17, 32), draw.randint(33, 64), draw.randint(65, 255)):
+        x = torch.randn(m, 2 * k, device=device).to(dtype)[:, ::2]  # not contiguous
+        y = multiply(x, tiled, settings)
+        assert_as_good_as_plain(y, x, weight)
+        assert torch.equal(multiply(x, tiled, settings), y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_thousands_of_rows(dtype: torch.dtype) -> None:
+    """Where no kernel takes x, as in fp32, the dense weight exists 32 MiB at a time: thrice."""
     device, k, n = torch.device("cuda"), 4096, 4992
-    for bits, act_order in ((4, False), (3, True)):
+    for bits, act_order in ((4, False), (4, True), (3, True)):
         settings = bits, 64, k, n
         _, tiled = random_weight(*settings, device, act_order=act_order)
-        x = torch.randn(2, 1030, k, device=device).bfloat16()
+        x = torch.randn(2, 1030, k, device=device, dtype=dtype)
         y = multiply(x, tiled, settings)
         assert y.is_contiguous()
         assert_as_good_as_plain(y, x, exact_weight(tiled, settings))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("m", [40, 200])
+@pytest.mark.parametrize("m", [40, 200, 600])
 def test_captured_products_of_many_rows(m: int) -> None:
     """Each kernel may start before the one in front, which arranges its x, has ended."""
     device, size = torch.device("cuda"), 1024
@@ -79,7 +118,7 @@ def test_captured_products_of_many_rows(m: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("m", [64, 150])
+@pytest.mark.parametrize("m", [64, 150, 800])
 def test_two_streams_of_many_rows(m: int) -> None:
     device, settings = torch.device("cuda"), (4, 128, 4096, 1024)
     pairs = []

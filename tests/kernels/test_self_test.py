@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from auto_gptq.formats.gptq import trivial_g_idx
 from auto_gptq.kernels import choose, native, self_test
+from auto_gptq.nn_modules.grouped import Place, group
 from auto_gptq.nn_modules.qlinear import QuantLinear
 
 
@@ -32,10 +33,10 @@ class Wrong(TorchDispatchMode):
 def _fresh() -> Iterator[None]:
     if not native.load():
         pytest.skip(native.reason())
-    for cached in (self_test.failure, choose._warn_once):
+    for cached in (self_test.failure, self_test.failure_of_experts, choose._warn_once):
         cached.cache_clear()
     yield
-    for cached in (self_test.failure, choose._warn_once):
+    for cached in (self_test.failure, self_test.failure_of_experts, choose._warn_once):
         cached.cache_clear()
 
 
@@ -106,3 +107,22 @@ def test_plain_torch_is_warned_of_once(
     assert chosen.name == "torch"
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "cpu: there is no library" in caplog.text
+
+
+def test_wrong_products_of_experts_are_not_used(
+    device: torch.device, caplog: pytest.LogCaptureFixture
+) -> None:
+    for bits in (2, 3, 4, 8):
+        assert self_test.failure_of_experts(device, bits) is None
+    self_test.failure_of_experts.cache_clear()
+    with caplog.at_level(logging.WARNING), Wrong("q_experts", lambda y: y.roll(1, -1)):
+        why = self_test.failure_of_experts(device, 4)
+    assert why is not None
+    assert "multiply (1, 0, 2) rows of" in why
+    assert "called one by one" in caplog.text
+    layer = QuantLinear(4, 32, 64, 64, bias=False).to(device)
+    layer.prepare()
+    expert = torch.nn.Module()
+    expert.down = layer
+    found = group({("down",): [[Place(0, expert, "down")]]})
+    assert found == f"the self-test fails: {why}"

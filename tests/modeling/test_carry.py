@@ -69,7 +69,8 @@ def test_a_hub_id_is_asked_with_the_arguments_of_loading(
 
     monkeypatch.setattr(hub, "find_file", find_file)
     wrapper.save_quantized(tmp_path / "new")
-    assert [name for _, name, _ in asked] == list(TOKENIZER_FILES)
+    # Before that it looks for code of the model's own, in what names such code.
+    assert [name for _, name, _ in asked][-len(TOKENIZER_FILES) :] == list(TOKENIZER_FILES)
     assert all((a[0], a[2]["revision"]) == (dense, "abc") for a in asked)
     assert (tmp_path / "new" / "merges.txt").is_file()
 
@@ -109,3 +110,32 @@ def test_where_autogptq_kept_converted_files(dense: Path, tmp_path: Path) -> Non
     assert config.get_cache_file_path(checkpoint_format="marlin") == (str(path), False)
     path.touch()
     assert config.get_cache_file_path("gptq", "marlin") == (str(path), True)
+
+
+@pytest.mark.parametrize("by", ["folder", "Hub"])
+def test_code_is_found_beside_the_checkpoint_wherever_it_came_from(
+    by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers writes the repository before the names of a model's classes."""
+    dense = tmp_path / "dense"
+    tiny_model().save_pretrained(dense)
+    config = json.loads((dense / "config.json").read_text())
+    before = "" if by == "folder" else f"{dense}--"
+    config["auto_map"] = {
+        "AutoConfig": f"{before}configuration_own.OwnConfig",
+        "AutoModel": "another/model--modeling_theirs.TheirModel",
+        "AutoModelForCausalLM": f"{before}modeling_own.OwnModel",
+    }
+    (dense / "config.json").write_text(json.dumps(config))
+    tokenizer = {"auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}}
+    (dense / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (dense / "modeling_own.py").write_text("from .layers_own import Layer\nimport torch\n")
+    for name in ("layers_own", "tokenization_own", "unrelated"):
+        (dense / f"{name}.py").write_text("")
+    with caplog.at_level("WARNING"):
+        _quantize(dense).save_quantized(tmp_path / "new")
+    found = {file.name for file in (tmp_path / "new").glob("*.py")}
+    assert found == {"modeling_own.py", "layers_own.py", "tokenization_own.py"}
+    assert "configuration_own.py, but has no such file" in caplog.text
+    saved = json.loads((tmp_path / "new" / "config.json").read_text())["auto_map"]
+    assert saved == config["auto_map"] | {"AutoModelForCausalLM": "modeling_own.OwnModel"}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,13 @@ from torch import Tensor, nn
 
 from auto_gptq import AutoGPTQForCausalLM, BaseQuantizeConfig
 from auto_gptq.architectures import Architecture
-from auto_gptq.errors import UnsupportedModelError
+from auto_gptq.errors import ConfigError, UnsupportedModelError
 from auto_gptq.modeling import BaseGPTQForCausalLM
 from auto_gptq.nn_modules.qlinear import QuantLinear
 from auto_gptq.nn_modules.surgery import dequantize
 from auto_gptq.pipeline.discover import discover
 from tests.tiny import MOST, tiny_examples, tiny_model
-from tests.zoo import round_trip, tiny_of
+from tests.zoo import SENSES, round_trip, sighted, tiny_of
 
 WEIGHTS = "gptq_model-4bit-32g.safetensors"
 # One for each way in which models differ; scripts/supported_models.py tries all.
@@ -241,27 +243,59 @@ def test_experts_of_a_layer_are_all_packed_or_all_dense(caplog: pytest.LogCaptur
     assert sum(".1.mlp.experts" in name for name in packed) == 0
 
 
+# What sees or hears: all but the part that makes text has to come back in every bit.
+SEEING = {
+    "gemma3": True,  # takes an image here; False: text alone
+    "qwen3_5": False,  # transformers has a text model under the same configuration
+    "step3p7": True,  # q, k and v of the vision tower are one tensor on disk
+    "qwen3_vl_moe": False,  # experts of the language tower
+    "blip": True,  # each input has an image
+    "voxtral": False,  # hears
+}
+
+
+@pytest.mark.parametrize(("model_type", "image"), SEEING.items(), ids=SEEING)
+def test_of_what_sees_or_hears_only_the_part_that_makes_text_is_packed(
+    model_type: str, image: bool, tmp_path: Path
+) -> None:
+    trip = round_trip(model_type, tmp_path, by_transformers=True, auto=SENSES)
+    assert trip.sighted == image
+    assert trip.by_us < MOST
+    assert isinstance(trip.by_transformers, float), trip.by_transformers
+    assert trip.by_transformers < MOST
+    assert not re.search(r"vision|visual|audio", trip.blocks)
+
+
 def test_a_model_that_sees_takes_a_processors_batches(tmp_path: Path) -> None:
-    model = tiny_of("gemma3", mm_tokens_per_image=4)
-    config = model.config
-    count = config.mm_tokens_per_image
-    ids = torch.randint(3, 200, (1, 30))
-    ids[0, 2 : 2 + count] = config.image_token_id
-    size = config.vision_config.image_size
-    example = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "token_type_ids": (ids == config.image_token_id).long(),
-        "pixel_values": torch.randn(1, 3, size, size),
-    }
+    model = tiny_of("gemma3")
+    example = sighted(model)
+    assert example is not None
     wrapper = BaseGPTQForCausalLM(model, False, BaseQuantizeConfig(group_size=32))
     wrapper.quantize([example, *tiny_examples(2, 24)])
     packed = [n for n, m in wrapper.model.named_modules() if isinstance(m, QuantLinear)]
     assert len(packed) == 14
     assert not any("vision" in name for name in packed)
-    assert {entry.tokens for entry in wrapper.report} == {30 + 2 * 24}
+    assert {entry.tokens for entry in wrapper.report} == {example["input_ids"].numel() + 2 * 24}
     wrapper.save_quantized(tmp_path)
     loaded = AutoGPTQForCausalLM.from_quantized(tmp_path, device="cpu")
     found = loaded(**example).logits
     wanted = wrapper(**example).logits
     assert (found - wanted).abs().max() < MOST * wanted.abs().max()
+
+
+def test_a_run_is_not_gone_on_with_on_other_images(tmp_path: Path) -> None:
+    """Images were once left out of what tells one run from another."""
+    model = tiny_of("gemma3")
+    example = sighted(model)
+    assert example is not None
+
+    def quantize(**changed: Tensor) -> None:
+        wrapper = BaseGPTQForCausalLM(
+            copy.deepcopy(model), False, BaseQuantizeConfig(group_size=32)
+        )
+        wrapper.quantize([example | changed], work_dir=tmp_path)
+
+    quantize()
+    with pytest.raises(ConfigError, match="differs in examples"):
+        quantize(pixel_values=example["pixel_values"] + 0.1)
+    quantize()  # with those of the first time

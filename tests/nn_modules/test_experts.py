@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,13 @@ KINDS = {
     "llama4_text": ["gate_proj", "up_proj", "down_proj"],  # batched
     "jetmoe": [],  # a list of linears
 }
+
+
+def quantized(model_type: str, **settings: Any) -> Any:
+    settings = {"group_size": 32, "desc_act": False} | settings
+    wrapper = BaseGPTQForCausalLM(tiny_of(model_type), False, BaseQuantizeConfig(**settings))
+    wrapper.quantize(tiny_examples(2, 24))
+    return wrapper.model
 
 
 def _logits(model: nn.Module) -> torch.Tensor:
@@ -90,26 +98,24 @@ def test_every_expert_reads_its_least_number_of_tokens() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "jetmoe"])
-def test_packed_experts_run_grouped_as_they_do_one_by_one(
+def test_packed_experts_run_together_as_they_do_one_by_one(
     model_type: str, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     """One call of the operator per projection, biases included, gives what single linears give."""
-    model = tiny_of(model_type)
-    wrapper = BaseGPTQForCausalLM(model, False, BaseQuantizeConfig(group_size=32, desc_act=False))
-    wrapper.quantize(tiny_examples(2, 24))
+    model = quantized(model_type)
     model.to(device)
-    for layer in model.modules():  # tiles are for kernels that run layers one by one
+    for layer in model.modules():  # the checkpoint's layout
         if isinstance(layer, QuantLinear):
             layer.stays_prepared = False
             layer.restore()
     calls: list[int] = []
-    grouped = unfused.UnfusedExperts._project_grouped
+    packed = unfused.UnfusedExperts._project_packed_part
 
     def counted(self: unfused.UnfusedExperts, *args: object) -> torch.Tensor:
         calls.append(1)
-        return grouped(self, *args)  # type: ignore[arg-type]
+        return packed(self, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(unfused.UnfusedExperts, "_project_grouped", counted)
+    monkeypatch.setattr(unfused.UnfusedExperts, "_project_packed_part", counted)
     together = _logits(model)
     projections = {"mixtral": 3, "gpt_oss": 3, "jetmoe": 4}[model_type]
     assert len(calls) == projections * 2  # blocks
@@ -130,3 +136,33 @@ def test_the_operator_leaves_rows_of_nobody_at_zero() -> None:
     found = torch.ops.auto_gptq.q_linear_experts(x, ends, *packed, 4, 1)
     wanted = torch.cat([layers[0](x[:4]), layers[2](x[4:7]), torch.zeros(2, 32)])
     assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("expert_share", [0.0, 0.5, 1e9])
+@pytest.mark.parametrize("true_sequential", [True, False], ids=["in steps", "at once"])
+@pytest.mark.parametrize(("model_type", "top_k"), [("qwen3_moe", 2), ("llama4_text", 1)])
+def test_padding_says_nothing_to_experts(
+    model_type: str, top_k: int, true_sequential: bool, expert_share: float
+) -> None:
+    """Experts see rows without their places in the batch, and once took padding for text."""
+
+    def codes(filling: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model, examples = tiny_of(model_type), tiny_examples(3, 40)
+        for example in examples[:2]:  # the mask hides the end, whatever stands there
+            example["attention_mask"][25:] = 0
+            example["input_ids"][25:] = filling
+        config = BaseQuantizeConfig(
+            group_size=32, true_sequential=true_sequential, expert_share=expert_share
+        )
+        wrapper = BaseGPTQForCausalLM(model, False, config)
+        wrapper.quantize(examples, batch_size=3)
+        for block in (0, 1):  # each expert has three linears
+            routed = [e.routed for e in wrapper.report if e.block == block and e.routed is not None]
+            assert sum(routed) == 3 * (25 + 25 + 40) * top_k
+        return {n: t for n, t in model.state_dict().items() if n.endswith("qweight")}
+
+    first, second = codes(7), codes(99)
+    assert any(".experts." in name for name in first)
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name

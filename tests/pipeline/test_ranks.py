@@ -35,7 +35,9 @@ def quantize_here(folder: str | Path, correction: float) -> None:
     """Do what a user's script does, on any number of ranks."""
     torch.manual_seed(0)
     model = tiny_model(hidden_size=128, intermediate_size=256)
-    config = BaseQuantizeConfig(group_size=32, static_groups=True, correction=correction)
+    config = BaseQuantizeConfig(
+        group_size=32, static_groups=True, correction=correction, scale_epochs=int(correction > 0)
+    )
     wrapper = BaseGPTQForCausalLM(model, False, config)
     wrapper.quantize(tiny_examples(7, 64), work_dir=f"{folder}/work")
     wrapper.save_quantized(f"{folder}/saved")

@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from auto_gptq import BaseQuantizeConfig
 from auto_gptq.formats.gptq import pack_layer
 from auto_gptq.formats.grid import GridRule
+from auto_gptq.pipeline.plan import solver_options
 from auto_gptq.quantization.solver import SolverOptions, solve, squared_error
 
 # AutoGPTQ's own packing overwrote zero points here: a zero point of 0 became 0xFFFFFFFF.
@@ -59,3 +61,15 @@ def test_the_solver_is_nowhere_worse_than_autogptq(layers) -> None:  # type: ign
         if settings["bits"] < 8:
             assert ours < theirs * 0.97, f"{name}: the scale search gains nothing"
         assert torch.equal(found.g_idx, layer["g_idx"]), name
+
+
+@pytest.mark.parametrize("preset", ["default", "best"])
+def test_presets_are_nowhere_worse_than_autogptq(layers, preset: str) -> None:  # type: ignore[no-untyped-def]
+    """Whatever AutoGPTQ's settings were, and with scales as they are stored."""
+    for name, (settings, layer) in layers.items():
+        bits, group_size = settings["bits"], settings["group_size"]
+        config = BaseQuantizeConfig.preset(preset, bits, group_size, sym=settings["sym"])
+        found = solve(layer["weight"], layer["hessian"], solver_options(config))
+        ours = squared_error(layer["weight"], found.dequantize(), layer["hessian"])
+        theirs = squared_error(layer["weight"], layer["solved_weight"], layer["hessian"])
+        assert ours < theirs, f"{name}: {float(ours / theirs)}"

@@ -2,10 +2,11 @@ import dataclasses
 
 import pytest
 import torch
+from torch import Tensor
 
 from auto_gptq.errors import FactorizationError, NumericsError
 from auto_gptq.formats.grid import GridRule
-from auto_gptq.quantization.hessian import Hessian, factorize, invert_upper
+from auto_gptq.quantization.hessian import Hessian, Pull, factorize, invert_upper
 from auto_gptq.quantization.solver import (
     SolverOptions,
     round_to_nearest,
@@ -105,16 +106,17 @@ def test_negative_scales_lower_the_error() -> None:
 def test_a_corrected_weight_gives_the_outputs_of_the_full_precision_model(act_order: bool) -> None:
     """With 8 bits hardly anything is lost by rounding, so what is left is the correction's."""
     weight = torch.randn(24, 160)
-    exact = torch.randn(900, 160) * torch.linspace(0.3, 2, 160)
+    exact = torch.randn(9000, 160) * torch.linspace(0.3, 2, 160)
     x = exact + 0.3 * exact @ torch.randn(160, 160) / 160**0.5  # of the quantized model
     hessian = Hessian(160, x.device)
-    hessian.add(x.view(9, 100, 160), None, exact.view(9, 100, 160))
+    hessian.add(x.view(9, 1000, 160), None, exact.view(9, 1000, 160))
     options = SolverOptions(GridRule(8), 32, 1e-4, act_order=act_order, static_groups=True)
     wanted = exact @ weight.t()
 
     def missed(correction: float) -> float:
         changed = dataclasses.replace(options, correction=correction)
-        found = solve(weight, hessian.mean(), changed, hessian.pull(weight)).dequantize()
+        pull = Pull(hessian.pull(weight), hessian.doubt(weight))
+        found = solve(weight, hessian.mean(), changed, pull).dequantize()
         return float((x @ found.t() - wanted).norm() / wanted.norm())
 
     best = torch.linalg.lstsq(x, wanted).solution  # nothing linear can do better than that
@@ -122,6 +124,26 @@ def test_a_corrected_weight_gives_the_outputs_of_the_full_precision_model(act_or
     assert missed(1.0) < max(1.1 * bound, 0.02)
     assert missed(1.0) < 0.2 * missed(0.0)
     assert missed(0.5) == pytest.approx(missed(0.0) / 2, rel=0.2)
+
+
+def test_what_few_tokens_say_by_chance_is_not_followed() -> None:
+    """Noise as large as the drift must not spoil the outputs, on tokens that were not seen."""
+    weight = torch.randn(24, 160)
+    turn = 0.3 * torch.randn(160, 160) / 160**0.5
+    exact = torch.randn(2, 400, 160)
+    noisy = exact + exact @ turn + 0.6 * torch.randn(2, 400, 160)
+    hessian = Hessian(160, exact.device)
+    hessian.add(noisy[0], None, exact[0])
+    options = SolverOptions(GridRule(8), 32, 1e-4, static_groups=True, correction=1.0)
+    pull = Pull(hessian.pull(weight), hessian.doubt(weight))
+    followed = pull.whole @ torch.linalg.inv(hessian.mean())  # all that it says
+    careful = solve(weight, hessian.mean(), options, pull).dequantize()
+
+    def missed(changed: Tensor) -> float:
+        return float((noisy[1] @ changed.t() - exact[1] @ weight.t()).norm())
+
+    assert missed(careful) < 0.95 * missed(weight)
+    assert missed(careful) < 0.95 * missed(weight + followed)
 
 
 def test_static_groups_keep_g_idx_trivial_and_act_order_alone_does_not() -> None:
@@ -184,7 +206,7 @@ def test_nan_and_infinity_are_refused(bad: float) -> None:
         solve(weight, hessian.index_fill(0, torch.tensor([5]), bad), options)
     with pytest.raises(NumericsError, match="full-precision model's activations"):
         corrected = dataclasses.replace(options, correction=0.5)
-        solve(weight, hessian, corrected, torch.full_like(weight, bad))
+        solve(weight, hessian, corrected, Pull(torch.full_like(weight, bad), weight[::8]))
     weight[1, 2] = bad
     with pytest.raises(NumericsError, match="weight holds NaN or infinity"):
         solve(weight, hessian, options)

@@ -1,0 +1,41 @@
+// Vectors of an instruction set, for any length.
+//
+// A file tiles_*.cpp includes this under the target of one instruction set and gives a struct Set:
+//
+//   lanes                      32-bit words in a vector
+//   rows_at_once               rows of x that share codes in registers, where there are many
+//   takes_bytes                whether dot<kNibbles> may be given any codes up to 255
+//   dot<KIND>(c, h, l)         word by word, the sum of four products of bytes, over all vectors, of
+//                              unsigned codes and signed numbers 128 h + l; without l: of h
+//   dot_all<KIND>(c, x)        the sum over eight vectors c, each times one word of x
+//   repeat_shifts(s)           eight numbers, as often as they fit
+//   repeat_eight(w, p)         part p of eight words, and the same shifted by four bits
+//   double_four(w)             each of four words twice, side by side, as often as they fit
+//   add_lanes(v, sums)         the sum of the lanes of each of 16 vectors
+//   keep(x)                    x, in a register from here on
+//   widen_bytes, widen_halves  bytes to words, float16 to float; widen_half: eight of them
+//
+// All of it is in an unnamed namespace, as each of those files needs its own code.
+//
+// x is whole numbers times a scale: one TERM of a byte, or two, 128 h + l.
+#pragma once
+
+#include "tiles_unfold.h"
+
+namespace auto_gptq {
+namespace {
+
+// What the largest code is: 15, or 255 while every other byte of x is 0, or 255.
+enum Kind { kNibbles, kSparse, kBytes };
+
+template <class Set>
+using VW = Words<Set::lanes>;
+template <class Set>
+using VI = Ints<Set::lanes>;
+template <class Set>
+using VF = Floats<Set::lanes>;
+template <class Set>
+constexpr int kParts = 16 / Set::lanes;
+
+}  // namespace
+}  // namespace auto_gptq

@@ -1,0 +1,8 @@
+// The kernels for 2 bits: a file of their own, for compilers to work side by side.
+#include "experts_start.cuh"
+
+const char* auto_gptq::start_experts_2(const Experts& task,
+                                       ExpertsConfig config,
+                                       cudaStream_t stream) {
+  return start_experts<2>(task, config, stream);
+}
