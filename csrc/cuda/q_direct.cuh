@@ -18,7 +18,7 @@ struct Held {
 template <int BITS, typename T, int RW>
 __global__ void __launch_bounds__(512) q_direct(const __grid_constant__ Small task) {
   constexpr int NT = 2;
-  using Kernel = SmallKernel<BITS, T, NT, RW, 1, 2, kPair, kRegisters>;
+  using Kernel = SmallBlock<BITS, T, NT, RW, 1>;
   extern __shared__ __align__(16) char memory[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const Kernel kernel(task, memory);
@@ -52,21 +52,18 @@ __global__ void __launch_bounds__(512) q_direct(const __grid_constant__ Small ta
     hold(held, first);
   }
   wait_for_previous_kernel();
-  const uint32_t one = Pairs<T>::constant(1.0f), all_ones[4] = {one, one, one, one};
   float total[RW][NT][4] = {};
 #pragma unroll 1
   for (int unit = first; unit < last; ++unit) {
-    float sum[RW][NT][4] = {}, ones[NT][4] = {};
+    float sum[RW][NT][4] = {}, of_x[NT][2];
+    typename Kernel::SumsOfX sums_of_x = {};
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) {
       uint32_t b[NT][8];
       kernel.load_x(b, 2 * unit + tile);
+      Kernel::template add_x<4>(sums_of_x, b, 0);
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
-#pragma unroll
-        for (int t = 0; t < NT; ++t) {
-          mma<T>(ones[t], all_ones, b[t][2 * s], b[t][2 * s + 1]);
-        }
 #pragma unroll
         for (int r = 0; r < RW; ++r) {
           uint32_t a[4];
@@ -78,6 +75,7 @@ __global__ void __launch_bounds__(512) q_direct(const __grid_constant__ Small ta
         }
       }
     }
+    kernel.own_rows(of_x, sums_of_x);
 #pragma unroll
     for (int r = 0; r < RW; ++r) {
 #pragma unroll
@@ -91,7 +89,7 @@ __global__ void __launch_bounds__(512) q_direct(const __grid_constant__ Small ta
         for (int t = 0; t < NT; ++t) {
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
-            total[r][t][2 * i + c] += scale * (sum[r][t][2 * i + c] + taken * ones[t][c]);
+            total[r][t][2 * i + c] += scale * (sum[r][t][2 * i + c] + taken * of_x[t][c]);
           }
         }
       }
@@ -108,14 +106,14 @@ __global__ void __launch_bounds__(512) q_direct(const __grid_constant__ Small ta
 // 32 outputs a block: with 64, or with two units held, a processor has registers for fewer warps,
 // which took 1.4 times as long per weight on an H100.
 template <int BITS, typename T>
-const char* start_direct(const Product& product, int warps, cudaStream_t stream) {
+const char* start_direct(const Product& product, SmallConfig config, cudaStream_t stream) {
   constexpr int RW = 2;
   Small task = describe(product);
   task.units = task.k_tiles / 2;
   set_groups(task, product.weight.group_size / 128);
   task.warp_bytes = RW * 2 * 512;
-  return launch(q_direct<BITS, T, RW>, task, task.scale_stride / (16 * RW), 32 * warps,
-                warps * task.warp_bytes, stream);
+  return launch_small(q_direct<BITS, T, RW>, task, task.scale_stride / (16 * RW), config.warps,
+                      config.warps * task.warp_bytes, stream);
 }
 
 // Whole pairs of tiles with one 16-bit scale per output.

@@ -29,12 +29,13 @@ constexpr int64_t kAny = INT64_MAX;
 // other less if they are small and leave the cache to x.
 constexpr Row kTable[] = {
     {2, 8, 9, 16, 4096, kAny, {2, 16, true}}, {8, 8, 9, 16, 8192, kAny, {2, 16, true}},
-    {2, 8, 9, 16, 8192, kAny, {2, 8, true}},  {2, 8, 9, 16, kAny, kAny, {2, 4, true}},
-    {8, 8, 1, 8, 2048, kAny, {1, 8, false}},  {8, 8, 1, 8, kAny, kAny, {4, 16, false}},
+    {2, 8, 9, 16, 8192, kAny, {2, 8, true}},  {2, 8, 9, 16, 16384, kAny, {2, 4, true}},
+    {2, 8, 9, 16, kAny, kAny, {4, 4, true}},  {8, 8, 1, 8, 2048, kAny, {1, 8, false}},
+    {8, 8, 1, 8, 4096, 4096, {2, 12, true}},  {8, 8, 1, 8, kAny, kAny, {4, 16, false}},
     {2, 4, 1, 8, 2048, kAny, {1, 16, false}}, {4, 4, 1, 1, 4096, 4096, {4, 16, false}},
-    {4, 4, 2, 8, 4096, kAny, {2, 12, true}},  {2, 4, 1, 8, 4096, kAny, {2, 12, false}},
-    {4, 4, 1, 8, 8192, kAny, {4, 16, false}}, {3, 3, 1, 8, 8192, kAny, {4, 12, false}},
-    {2, 2, 1, 8, 8192, kAny, {2, 8, false}},  {2, 4, 1, 8, kAny, kAny, {4, 8, true}},
+    {4, 4, 2, 8, 4096, 4096, {2, 8, true}},   {2, 3, 1, 8, 4096, 4096, {2, 16, true}},
+    {2, 4, 1, 8, 4096, kAny, {2, 12, true}},  {4, 4, 1, 8, 8192, kAny, {4, 16, true}},
+    {2, 4, 1, 8, kAny, kAny, {4, 8, true}},
 };
 // Small groups want more warps that decode; x out of order wants few blocks that sort it.
 constexpr SmallConfig kSmallGroups{2, 16, false}, kOutOfOrder{4, 16, false},
@@ -43,8 +44,8 @@ constexpr SmallConfig kSmallGroups{2, 16, false}, kOutOfOrder{4, 16, false},
 // Whether every block brings x into order for itself: a kernel of its own for that costs more than
 // most of these products.
 bool sorts_inside(const Product& product) {
-  const int64_t values = product.m * product.weight.k;
-  return product.weight.perm && product.m <= 4 && 4 * values <= current_device().shared_bytes / 2;
+  const int64_t bytes = 2 * product.m * product.weight.k;
+  return product.weight.perm && product.m <= 4 && bytes <= current_device().shared_bytes / 2;
 }
 
 SmallConfig choose(const Product& product) {

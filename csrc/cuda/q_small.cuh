@@ -10,19 +10,17 @@
 
 #include <cuda_runtime.h>
 
-#include "../launch.h"
-#include "device.h"
-#include "mma.cuh"
-#include "q_small_task.h"
-#include "raw.cuh"
-#include "tiles.cuh"
+#include "q_small_block.cuh"
 
 namespace auto_gptq {
 
-// NT: 8 rows of x each.  RW: 16 outputs each, of a warp.  WN: warps with other outputs that share
-// inputs.  STAGES: units in the ring.
+// STAGES: units in the ring.
 template <int BITS, typename T, int NT, int RW, int WN, int STAGES, Unit UNIT, Activations X>
-struct SmallKernel {
+struct SmallKernel : SmallBlock<BITS, T, NT, RW, WN> {
+  using Block = SmallBlock<BITS, T, NT, RW, WN>;
+  using typename Block::Operands, typename Block::SumsOfX;
+  using Block::p, Block::lane, Block::first_row, Block::memory, Block::ring;
+  using Block::group_of, Block::load_x, Block::own_rows, Block::put;
   static constexpr int kTiles = UNIT == kPair ? 2 : 1;  // of a unit
   static constexpr int kGrids = UNIT == kSteps ? 4 : UNIT == kHalves ? 2 : 1;
   static constexpr int kStepsOfGrid = 4 / kGrids;  // where a tile has several
@@ -37,31 +35,20 @@ struct SmallKernel {
     return x_end(m) + kGrids * 16 * RW * (scale_bytes + (zeros ? 1 : 0));
   }
   __host__ __device__ static int x_end(int m) {
-    return kWeightBytes + (X == kRing ? m * kPitch : 0);
+    const int perm = X == kByPerm ? kTiles * kSide * 4 : 0;
+    return kWeightBytes + (X == kRegisters ? 0 : perm > m * kPitch ? perm : m * kPitch);
   }
 
-  const Small& p;
-  const int lane, first_row, part;  // of this warp: its first output, its part of the inputs
-  char* const memory;
-  char* const ring;
   const int bytes, grid_at;  // of a stage, and where its scales begin
-  int x_at;                  // where this lane's part of x begins in a stage, or in a unit of all
+  int x_at;                  // where this lane's part of x begins in a stage
 
   __device__ SmallKernel(const Small& task, char* shared)
-      : p(task),
-        lane(threadIdx.x % 32),
-        first_row((blockIdx.x * WN + threadIdx.x / 32 % WN) * 16 * RW),
-        part(threadIdx.x / (32 * WN)),
-        memory(shared),
-        ring(shared + threadIdx.x / 32 * task.warp_bytes),
+      : Block(task, shared),
         bytes(stage_bytes(task.m, task.scale_bytes, task.zeros != nullptr)),
         grid_at(x_end(task.m)) {
     // Rows beyond M only reach columns that nobody writes.
-    x_at = (X == kRing ? kWeightBytes : 0) + min(lane / 4, task.m - 1) * pitch() +
-           (kGrids > 1 ? 0 : lane % 4 * 32);
+    x_at = kWeightBytes + min(lane / 4, task.m - 1) * kPitch + (kGrids > 1 ? 0 : lane % 4 * 32);
   }
-
-  __device__ __forceinline__ int pitch() const { return X == kByPerm ? p.x_pitch : kPitch; }
 
   // What a lane copies of the next unit, in pieces of 16 bytes: codes, x, and at most one piece of
   // the scales and one of the zeros.
@@ -100,31 +87,34 @@ struct SmallKernel {
     return s;
   }
 
-  __device__ __forceinline__ int group_of(int run) const {
-    return min(static_cast<int>(__umulhi(2 * run + 1, p.group_of_run)), p.groups - 1);
-  }
-
   // The group of the grid, of the unit's several, that a lane copies pieces of.
   __device__ __forceinline__ int64_t group_of_grid(int unit, int lanes_log) const {
     return group_of((4 * unit + (lane >> lanes_log) * kStepsOfGrid) / (p.run / 16));
   }
 
+  // Where a lane's piece j of a unit's codes lies behind its piece 0 of the first plane, in bytes.
+  __device__ __forceinline__ int place_of_piece(int j) const {
+    constexpr int kOfTile = kTileBytes / 16;
+    if (BITS != 3 && kOfTile % 32 == 0) {
+      return 32 * j / kOfTile * (512 * BITS) + 32 * j % kOfTile * 16;
+    }
+    const int piece = lane + 32 * j, within = piece % kOfTile;
+    const bool high = BITS == 3 && within >= RW * 16;  // the plane of the highest bits
+    return piece / kOfTile * (512 * BITS) + 16 * (within - lane) +
+           (high ? 1024 - RW * 256 - first_row / 16 % 4 * 128 : 0);
+  }
+
   // Copy the weight of a unit and go on to the next.
   __device__ __forceinline__ void copy_weight(Source& s, int unit, uint32_t to) const {
-    constexpr int kCodePieces = kTileBytes / 16;
+    constexpr int kCodePieces = kWeightBytes / 16;
     to += 16 * lane;
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-      for (int j = 0; j < (kCodePieces + 31) / 32; ++j) {
-        const int i = lane + 32 * j;
-        int at = 512 * BITS * t + 512 * j;
-        if constexpr (BITS == 3) {  // the plane of the highest bits lies further on
-          at += i < RW * 16 ? 0 : 1024 - RW * 256 - first_row / 16 % 4 * 128;
-        }
-        if (kCodePieces % 32 == 0 || i < kCodePieces) {
-          copy_once(to + kTileBytes * t + 512 * j, s.codes + at, p.policy);
-        }
+    for (int j = 0; j < (kCodePieces + 31) / 32; ++j) {
+      const char* codes = s.codes + place_of_piece(j);
+      if (32 * j + 32 <= kCodePieces) {
+        copy_once(to + 512 * j, codes, p.policy);
+      } else if (lane + 32 * j < kCodePieces) {  // where some lanes rest, ptxas 13.0 loses the policy
+        copy(to + 512 * j, codes);
       }
     }
     s.codes += kTiles * 512 * BITS;
@@ -170,55 +160,59 @@ struct SmallKernel {
     s.place += kTiles * kSide;
   }
 
-  // Ask for the perm, which is needed as soon as x is there.
-  __device__ __forceinline__ void prefetch_perm() const {
-    for (int i = 32 * threadIdx.x; i < p.k; i += 32 * blockDim.x) {
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(p.perm + i));
+  // Copy the perm of a unit to where its x is going to be.
+  __device__ __forceinline__ void copy_perm(int unit, uint32_t to) const {
+    const int place = unit * (kTiles * kSide) + 4 * lane;
+    if (kTiles == 2 || lane < kSide / 4) {
+      copy_or_clear(to + kWeightBytes + 16 * lane, p.perm + place, place < p.k);
     }
   }
 
-  // Bring all of x into shared memory and there, with all warps, into the order of the tiles.
-  __device__ __forceinline__ void sort_x(const int4& first_places) const {
-    char* const sorted = memory + p.x_at;
-    char* const raw = sorted + p.m * p.x_pitch;
+  // Bring all of x, as it is, into shared memory.
+  __device__ __forceinline__ void keep_x() const {
+    uint4* const kept = reinterpret_cast<uint4*>(memory + p.x_at);
     const uint4* from = static_cast<const uint4*>(p.x);
 #pragma unroll 4
     for (int i = threadIdx.x; i < p.m * p.k / 8; i += blockDim.x) {
-      reinterpret_cast<uint4*>(raw)[i] = from[i];
-    }
-    __syncthreads();
-    int4 places = first_places;
-#pragma unroll 2
-    for (int at = 4 * threadIdx.x; at < p.k_tiles * kSide; at += 4 * blockDim.x) {
-      const int next = at + 4 * blockDim.x;
-      const int4 now = places;
-      if (next < p.k) {
-        places = *reinterpret_cast<const int4*>(p.perm + next);
-      }
-      for (int row = 0; row < p.m; ++row) {
-        const uint16_t* x = reinterpret_cast<const uint16_t*>(raw) + row * p.k;
-        uint2 v = make_uint2(0, 0);
-        if (at < p.k) {
-          v.x = x[now.x] | static_cast<uint32_t>(x[now.y]) << 16;
-          v.y = x[now.z] | static_cast<uint32_t>(x[now.w]) << 16;
-        }
-        *reinterpret_cast<uint2*>(sorted + row * p.x_pitch + 2 * at) = v;
-      }
+      kept[i] = from[i];
     }
     __syncthreads();
   }
 
+  // Put x of a unit, in the order of the tiles, where its perm is.
+  __device__ __forceinline__ void sort_x(int unit, char* stage) const {
+    const bool takes_part = kTiles == 2 || lane < kSide / 4;
+    char* const to = stage + kWeightBytes;
+    int4 from = make_int4(0, 0, 0, 0);
+    if (takes_part) {
+      from = reinterpret_cast<const int4*>(to)[lane];
+    }
+    __syncwarp();
+    const bool exists = unit * (kTiles * kSide) + 4 * lane < p.k;
+    for (int row = 0; row < p.m; ++row) {
+      const uint16_t* x = reinterpret_cast<const uint16_t*>(memory + p.x_at) + row * p.k;
+      if (takes_part) {
+        const uint32_t low = x[from.x] | static_cast<uint32_t>(x[from.y]) << 16;
+        const uint32_t high = x[from.z] | static_cast<uint32_t>(x[from.w]) << 16;
+        reinterpret_cast<uint2*>(to + row * kPitch)[lane] =
+            exists ? make_uint2(low, high) : make_uint2(0, 0);
+      }
+    }
+    __syncwarp();
+  }
+
   using Sums = float[kParts][RW][NT][4];
-  using Ones = float[kParts][NT][4];
 
   template <bool ZEROS>
-  __device__ __forceinline__ void fold(float (&total)[RW][NT][4],
-                                       const Sums& sum,
-                                       const Ones& ones,
-                                       const char* stage,
-                                       int grid) const {
+  __device__ __forceinline__ void fold_with(float (&total)[RW][NT][4],
+                                            const Sums& sum,
+                                            const SumsOfX& sums_of_x,
+                                            const char* stage,
+                                            int grid) const {
     const char* scales = stage + grid_at;
     const char* zeros = scales + (kGrids * 16 * RW << scale_log());
+    float of_x[NT][2];
+    own_rows(of_x, sums_of_x);
 #pragma unroll
     for (int r = 0; r < RW; ++r) {
 #pragma unroll
@@ -235,15 +229,26 @@ struct SmallKernel {
         for (int t = 0; t < NT; ++t) {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            float all = sum[0][r][t][2 * h + i], of_x = ones[0][t][i];
+            float all = sum[0][r][t][2 * h + i];
             if (kParts == 2) {
               all += sum[kParts - 1][r][t][2 * h + i];
-              of_x += ones[kParts - 1][t][i];
             }
-            total[r][t][2 * h + i] += scale * (all + taken * of_x);
+            total[r][t][2 * h + i] += scale * (all + taken * of_x[t][i]);
           }
         }
       }
+    }
+  }
+
+  __device__ __forceinline__ void fold(float (&total)[RW][NT][4],
+                                       const Sums& sum,
+                                       const SumsOfX& sums_of_x,
+                                       const char* stage,
+                                       int grid) const {
+    if (p.zeros) {
+      fold_with<true>(total, sum, sums_of_x, stage, grid);
+    } else {
+      fold_with<false>(total, sum, sums_of_x, stage, grid);
     }
   }
 
@@ -258,17 +263,14 @@ struct SmallKernel {
     return p.scale_type == kFloat16 ? half : __uint_as_float(bits << p.scale_shift);
   }
 
-  using Operands = uint32_t[NT][8];  // the B operands of a tile's four steps
-
-  // From shared memory: a stage, or a unit of all of x.
-  __device__ __forceinline__ void read_x(Operands& b, const char* unit, int tile) const {
+  __device__ __forceinline__ void read_x(Operands& b, const char* stage, int tile) const {
 #pragma unroll
     for (int t = 0; t < NT; ++t) {
       int at = x_at;
       if (t == 1) {
         at += (min(8 + lane / 4, p.m - 1) - lane / 4) * kPitch;
       }
-      const char* x = unit + at + tile * 128;
+      const char* x = stage + at + tile * 128;
       if constexpr (UNIT == kHalves) {
         const uint4* from = reinterpret_cast<const uint4*>(x) + lane % 4;
         const uint4 u = from[0], v = from[4];
@@ -289,36 +291,16 @@ struct SmallKernel {
     }
   }
 
-  // From global memory.
-  __device__ __forceinline__ void load_x(Operands& b, int tile) const {
-#pragma unroll
-    for (int t = 0; t < NT; ++t) {
-      const int row = min(8 * t + lane / 4, p.m - 1);
-      const T* x = static_cast<const T*>(p.x) + (row * p.k + tile * kSide + lane % 4 * 16);
-      const uint4 u = reinterpret_cast<const uint4*>(x)[0],
-                  v = reinterpret_cast<const uint4*>(x)[1];
-      b[t][0] = u.x, b[t][1] = u.y, b[t][2] = u.z, b[t][3] = u.w;
-      b[t][4] = v.x, b[t][5] = v.y, b[t][6] = v.z, b[t][7] = v.w;
-    }
-  }
-
   __device__ __forceinline__ void multiply(float (&total)[RW][NT][4],
                                            Sums& sum,
-                                           Ones& ones,
+                                           SumsOfX& sums_of_x,
                                            const Operands& b,
                                            const char* stage,
                                            int tile) const {
-    const uint32_t one = Pairs<T>::constant(1.0f), all_ones[4] = {one, one, one, one};
     const int part = kParts == 2 ? tile : 0;
 #pragma unroll
     for (int grid = 0; grid < kGrids; ++grid) {
-#pragma unroll
-      for (int s = grid * kStepsOfGrid; s < (grid + 1) * kStepsOfGrid; ++s) {
-#pragma unroll
-        for (int t = 0; t < NT; ++t) {
-          mma<T>(ones[part][t], all_ones, b[t][2 * s], b[t][2 * s + 1]);
-        }
-      }
+      Block::template add_x<kStepsOfGrid>(sums_of_x, b, grid * kStepsOfGrid);
 #pragma unroll
       for (int r = 0; r < RW; ++r) {
         const LaneCodes<BITS> codes = read_codes<BITS>(stage + kTileBytes * tile, r, RW, lane);
@@ -332,25 +314,37 @@ struct SmallKernel {
           }
         }
       }
-      if (kGrids > 1 || tile == kTiles - 1) {
-        if (p.zeros) {
-          fold<true>(total, sum, ones, stage, grid);
-        } else {
-          fold<false>(total, sum, ones, stage, grid);
-        }
-        clear(sum, ones);
+      if (kGrids > 1) {
+        fold(total, sum, sums_of_x, stage, grid);
+        clear(sum, sums_of_x);
       }
     }
   }
 
-  __device__ __forceinline__ static void clear(Sums& sum, Ones& ones) {
+  __device__ __forceinline__ static void clear(Sums& sum, SumsOfX& sums_of_x) {
 #pragma unroll
-    for (int i = 0; i < kParts * NT * 4; ++i) {
-      (&ones[0][0][0])[i] = 0;
+    for (int i = 0; i < 4; ++i) {
+      sums_of_x[i] = 0;
     }
 #pragma unroll
     for (int i = 0; i < kParts * RW * NT * 4; ++i) {
       (&sum[0][0][0][0])[i] = 0;
+    }
+  }
+
+  __device__ __forceinline__ void load_unit(Operands (&x)[kTiles], int unit, int last) const {
+    if (unit < last) {
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        load_x(x[tile], unit * kTiles + tile);
+      }
+    }
+  }
+
+  __device__ __forceinline__ static void take(Operands (&x)[kTiles], const Operands (&next)[kTiles]) {
+#pragma unroll
+    for (int i = 0; i < kTiles * NT * 8; ++i) {
+      (&x[0][0][0])[i] = (&next[0][0][0])[i];
     }
   }
 
@@ -359,32 +353,23 @@ struct SmallKernel {
     let_next_kernel_start();
     Source from = source(first);
     const uint32_t begin = shared_address(ring), end = begin + STAGES * bytes;
-#pragma unroll 1
+#pragma unroll 1  // ptxas 13.0 loses the policy otherwise
     for (int i = 0; i < STAGES; ++i) {
       if (first + i < last) {
         copy_weight(from, first + i, begin + i * bytes);
+        if constexpr (X == kByPerm) {
+          copy_perm(first + i, begin + i * bytes);
+        }
       }
       end_group();
     }
     Operands held[kTiles];
+    wait_for_previous_kernel();
     if constexpr (X == kByPerm) {
-      prefetch_perm();
-      int4 places = make_int4(0, 0, 0, 0);
-      if (4 * static_cast<int>(threadIdx.x) < p.k) {
-        places = reinterpret_cast<const int4*>(p.perm)[threadIdx.x];
-      }
-      wait_for_previous_kernel();
-      sort_x(places);
+      keep_x();
     } else if constexpr (X == kRegisters) {
-      wait_for_previous_kernel();
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        if (first < last) {
-          load_x(held[tile], first * kTiles + tile);
-        }
-      }
+      load_unit(held, first, last);
     } else {
-      wait_for_previous_kernel();
 #pragma unroll 1
       for (int i = 0; i < STAGES; ++i) {
         if (first + i < last) {
@@ -395,32 +380,47 @@ struct SmallKernel {
     }
     float total[RW][NT][4] = {};
     uint32_t slot = begin;
-    const char* stage = ring;
+    char* stage = ring;
 #pragma unroll 1
     for (int unit = first; unit < last; ++unit) {
       // Groups end in the order of units, those of weights before those of x: what is under way
       // after this belongs to the next STAGES - 1 units.
       wait_for_groups<STAGES - 1>();
       __syncwarp();
+      if constexpr (X == kByPerm) {
+        sort_x(unit, stage);
+      }
       Sums sum = {};
-      Ones ones = {};
+      SumsOfX sums_of_x = {};
+      Operands next[kTiles];
+      if constexpr (X == kRegisters && NT == 1) {  // there are registers for two units
+        load_unit(next, unit + 1, last);
+      }
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        if constexpr (X == kRegisters) {
-          multiply(total, sum, ones, held[tile], stage, tile);
+        if constexpr (X != kRegisters) {
+          read_x(held[tile], stage, tile);
+        }
+        multiply(total, sum, sums_of_x, held[tile], stage, tile);
+        if constexpr (X == kRegisters && NT == 2) {
           if (unit + 1 < last) {
             load_x(held[tile], (unit + 1) * kTiles + tile);
           }
-        } else {
-          read_x(held[0], X == kRing ? stage : memory + p.x_at + unit * (kTiles * 128), tile);
-          multiply(total, sum, ones, held[0], stage, tile);
         }
+      }
+      if constexpr (X == kRegisters && NT == 1) {
+        take(held, next);
+      }
+      if constexpr (kGrids == 1) {
+        fold(total, sum, sums_of_x, stage, 0);
       }
       __syncwarp();
       if (unit + STAGES < last) {
         copy_weight(from, unit + STAGES, slot);
         if constexpr (X == kRing) {
           copy_x(from, slot);
+        } else if constexpr (X == kByPerm) {
+          copy_perm(unit + STAGES, slot);
         }
       }
       end_group();
@@ -434,44 +434,6 @@ struct SmallKernel {
     wait_for_groups<0>();
     __syncwarp();
     put(total);
-  }
-
-  // Leave this warp's part of the sums in its memory.
-  __device__ __forceinline__ void put(const float (&total)[RW][NT][4]) const {
-    float4* mine = reinterpret_cast<float4*>(ring);
-#pragma unroll
-    for (int r = 0; r < RW; ++r) {
-#pragma unroll
-      for (int t = 0; t < NT; ++t) {
-        const float* v = total[r][t];
-        const float upper = 1.0f / Raw<BITS, T>::unit(0), lower = 1.0f / Raw<BITS, T>::unit(1);
-        mine[(r * NT + t) * 32 + lane] =
-            make_float4(v[0] * upper, v[1] * upper, v[2] * lower, v[3] * lower);
-      }
-    }
-  }
-
-  // Add up the warps' parts and write the block's outputs.
-  __device__ __forceinline__ void write() const {
-    constexpr int kOutputs = 16 * RW * WN;
-    const int parts = blockDim.x / (32 * WN);
-    for (int e = threadIdx.x; e < kOutputs * p.m; e += blockDim.x) {
-      const int r = e % kOutputs, m = e / kOutputs, row = r % 16;
-      const int fragment = r / 16 % RW * NT + m / 8, from = row % 8 * 4 + m % 8 / 2;
-      const int at = (fragment * 32 + from) * 4 + row / 8 * 2 + m % 2;
-      float value = 0;
-      for (int i = 0; i < parts; ++i) {
-        const char* of_warp = memory + (i * WN + r / (16 * RW)) * p.warp_bytes;
-        value += reinterpret_cast<const float*>(of_warp)[at];
-      }
-      const int n = blockIdx.x * kOutputs + r;
-      if (n < p.n) {
-        if (p.bias) {
-          value += static_cast<float>(static_cast<const T*>(p.bias)[n]);
-        }
-        static_cast<T*>(p.y)[static_cast<int64_t>(m) * p.n + n] = narrow<T>(value);
-      }
-    }
   }
 };
 

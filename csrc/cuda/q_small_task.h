@@ -26,7 +26,7 @@ struct Small {
   int32_t scale_bytes;    // 2 or 4
   int32_t scale_shift;    // what makes a scale's bits those of a float: 16 for bf16, 0 for fp32
   int32_t warp_bytes;     // shared memory of a warp
-  int32_t x_at, x_pitch;  // where all of x begins in shared memory, if there is a perm; of a row
+  int32_t x_at;           // where all of x begins in shared memory, if there is a perm
   uint64_t policy;        // of the cache for codes
   DataType scale_type;
 };
