@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +28,14 @@ from ..nn_modules.qlinear.linear import QuantLinear
 from ..nn_modules.surgery import replace
 from ..quantization.precision import tensor_cores
 from .placement import placed
-from .tuning import BETAS, held_out, inputs_together, shuffled, spread
+from .tuning import BETAS, held_out, shuffled
 
 logger = logging.getLogger(__name__)
 
 _RATE = 1e-3  # step of Adam at the start, as a share of the scales; it falls to 0 by a cosine
 _WARM_UP = 8  # steps
-_TOKENS = 4096  # of a step
+_TOKENS = 4096  # of a step, at most
+_STEPS = 16  # of an epoch, at least, where there are rows enough
 
 
 def tune_scales(
@@ -115,9 +117,9 @@ class _Logits:
 class _Scaled(nn.Module):
     """A QuantLinear whose scales have factors that can be learnt."""
 
-    codes: Tensor  # [N, K] less the zero points
+    codes: Tensor  # [N, G, size] less the zero points, inputs in the order of their groups
     scales: Tensor  # [N, G] fp32
-    group: Tensor  # [K]
+    order: Tensor | None  # [K] of the inputs, where groups are scattered
     bias: Tensor | None
 
     def __init__(self, layer: QuantLinear) -> None:
@@ -126,24 +128,57 @@ class _Scaled(nn.Module):
         zeros = unpack_zeros(layer.qzeros, bits, layer.zero_offset)  # [G, N]
         codes = unpack_codes(layer.qweight, bits) - zeros[group]  # [K, N]
         small = torch.int8 if bits < 8 else torch.int16
-        self.register_buffer("codes", codes.t().to(small).contiguous())
+        order = torch.argsort(group, stable=True)
+        groups, size = len(zeros), int(torch.bincount(group).max())
+        codes = F.pad(codes[order].t().to(small), (0, groups * size - len(group)))
+        self.register_buffer("codes", codes.reshape(-1, groups, size))
         self.register_buffer("scales", layer.scales.t().to(torch.float32).contiguous())
-        self.register_buffer("group", group)
-        self._together = inputs_together(layer.g_idx)
+        self.register_buffer("order", None if torch.equal(group, group.sort()[0]) else order)
         self.register_buffer("bias", layer.bias)
         self.factors = nn.Parameter(torch.ones_like(self.scales))
         self._kept_as = layer.scales.dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.codes * spread(self.scales * self.factors, self.group, self._together)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, weight.to(x.dtype), bias)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = x if self.order is None else x[..., self.order]
+        scales = self.scales * self.factors
+        found: Tensor = _Product.apply(x, self.codes, scales)  # type: ignore[no-untyped-call]
+        return found if self.bias is None else found + self.bias.to(x.dtype)
 
     @torch.no_grad()
     def finish(self) -> None:
         """Take the factors into the scales, as they are kept."""
         self.scales.copy_((self.scales * self.factors).to(self._kept_as))
         self.factors.fill_(1)
+
+
+class _Product(torch.autograd.Function):
+    """Multiply by codes times scales; weights are made twice and never kept.
+
+    Left to autograd, a weight and its gradient took some sixteen kernels over all their numbers.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+        ctx.save_for_backward(x, codes, scales)
+        return x @ _weight(codes, scales, x).t()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor]:
+        x, codes, scales = ctx.saved_tensors
+        gradient = gradients[0]
+        of_x = gradient @ _weight(codes, scales, x)
+        of_weight = gradient.flatten(0, -2).t() @ x.flatten(0, -2)
+        of_weight = F.pad(of_weight, (0, codes[0].numel() - x.shape[-1])).view_as(codes)
+        return of_x, None, (of_weight * codes).sum(-1, dtype=torch.float32)
+
+
+def _weight(codes: Tensor, scales: Tensor, x: Tensor) -> Tensor:  # [N, K]
+    """Multiply in fp32, whatever the result is rounded to."""
+    weight = torch.empty(codes.shape, dtype=x.dtype, device=x.device)
+    torch.mul(codes, scales[..., None], out=weight)
+    return weight.flatten(1)[:, : x.shape[-1]]
 
 
 @contextmanager
@@ -165,9 +200,11 @@ def _scaled(model: nn.Module, layers: dict[str, QuantLinear]) -> Iterator[dict[s
 
 def _steps(batches: Sequence[Batch], exact: Activations) -> Iterator[tuple[Batch, Tensor]]:
     """Part the batches that have exact states into rows of so many tokens together."""
+    total = sum(batch.input_ids.numel() for batch in batches[: len(exact)])
+    tokens = min(_TOKENS, total // _STEPS)
     for batch, hidden in zip(batches, exact, strict=False):
         rows = len(batch.input_ids)
-        at_once = rows if batch.others else max(1, _TOKENS // batch.input_ids.shape[1])
+        at_once = rows if batch.others else max(1, tokens // batch.input_ids.shape[1])
         for part in (slice(i, i + at_once) for i in range(0, rows, at_once)):
             ids, mask = batch.input_ids[part], batch.attention_mask[part]
             yield Batch(ids, mask, batch.others), hidden[part].to(torch.float32)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from auto_gptq import BaseQuantizeConfig
+from auto_gptq.calibration.activations import Activations
+from auto_gptq.calibration.examples import Batch
 from auto_gptq.errors import ConfigError
 from auto_gptq.modeling import BaseGPTQForCausalLM
 from auto_gptq.nn_modules.qlinear import QuantLinear
@@ -77,6 +79,17 @@ def test_scales_that_tuning_makes_worse_are_left(monkeypatch: pytest.MonkeyPatch
     plain, spoilt = (quantized(model, rows, scale_epochs=n).model.state_dict() for n in (0, 1))
     for name, tensor in plain.items():
         assert torch.equal(tensor, spoilt[name]), name
+
+
+@pytest.mark.parametrize(("rows", "steps", "of_a_step"), [(4, 4, 1), (16, 16, 1), (64, 16, 4)])
+def test_few_rows_are_parted_into_more_steps(rows: int, steps: int, of_a_step: int) -> None:
+    """16 rows of 512 tokens once were two steps, of which none could be held out."""
+    ids, hidden = torch.zeros(rows, 64, dtype=torch.long), torch.zeros(rows, 64, 8)
+    exact = Activations(torch.device("cpu"), torch.float32, hidden.numel())
+    exact.append(hidden)
+    found = list(scales._steps([Batch(ids, torch.ones_like(ids))], exact))
+    assert len(found) == steps
+    assert all(hidden.shape == (of_a_step, 64, 8) for _, hidden in found)
 
 
 def test_padding_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
