@@ -1,8 +1,8 @@
 """Perplexity of a model before and after quantizing it with every preset, on several kinds of text.
 
-The full run (128 x 512 tokens of calibration) takes three minutes on a GPU; on a CPU try
-``--calibration 16 --evaluation 8 --runs 4``, or ``--model llama``, which first trains a small
-model.  Documentation and source code are calibrated on, in turn; all texts are evaluated on.
+Each table of a model takes about a minute on a GPU with 128 x 512 tokens of calibration; on a CPU
+try ``--calibration 16 --evaluation 8``, or ``--model llama``, which first trains a small model.  A
+table calibrates on documentation or source code; all texts are evaluated on.
 """
 
 from __future__ import annotations
@@ -49,23 +49,31 @@ class Run:
 
 
 _PRESETS = ("compatible", "default", "best")
-# In order of importance: `--runs` and `--seconds` cut the list off.
-RUNS = [
-    *(Run(preset, bits) for bits in (4, 3) for preset in _PRESETS),
-    *(Run(preset, bits, text="source code") for bits in (4, 3) for preset in _PRESETS[:2]),
-    *(Run(preset, 2) for preset in _PRESETS),
-    *(Run(preset, bits, {"sym": False}) for bits in (4, 3, 2) for preset in _PRESETS[:2]),
-    *(Run(preset, 8) for preset in _PRESETS[:2]),
-    *(Run(preset, bits, rows=8) for bits in (4, 3) for preset in _PRESETS[:2]),
-    *(Run("default", bits, {"tuning_epochs": 3}) for bits in (4, 3)),
-    Run("compatible", changes={"desc_act": False}),
-    Run("default", changes={"correction": 0.0}),
-    Run("default", changes={"signed_scales": False}),
-    Run("default", changes={"scale_search": False}),
-    Run("default", changes={"desc_act": False}),
-    Run("default", changes={"damp_percent": 0.01}),
-    *(Run("best", bits, text="source code") for bits in (4, 3)),
-]
+# Each table goes to a file of its own; runs in order of importance, `--seconds` cuts the list off.
+TABLES: dict[str, list[Run]] = {
+    "presets": [Run(preset, bits) for bits in (4, 3) for preset in _PRESETS],
+    "other-text": [Run(p, bits, text="source code") for bits in (4, 3) for p in _PRESETS],
+    "few-rows": [
+        Run(preset, bits, rows=rows) for rows in (16, 8) for bits in (3, 4) for preset in _PRESETS
+    ],
+    "grids": [
+        *(Run(preset, 2) for preset in _PRESETS),
+        *(Run(preset, 8) for preset in _PRESETS),
+        *(Run(p, bits, {"sym": False}) for bits in (3, 4, 2) for p in _PRESETS),
+        *(Run(p, bits, {"group_size": 32}) for bits in (3, 4) for p in _PRESETS),
+        *(Run(p, bits, {"group_size": -1}) for bits in (4, 3) for p in _PRESETS),
+    ],
+    "parts": [
+        Run("default"),
+        *(Run("default", bits, {"tuning_epochs": 3}) for bits in (4, 3)),
+        Run("compatible", changes={"desc_act": False}),
+        *(Run("default", changes={"correction": share}) for share in (0.0, 0.5, 1.0)),
+        Run("default", changes={"signed_scales": False}),
+        Run("default", changes={"scale_search": False}),
+        Run("default", changes={"desc_act": False}),
+        Run("default", changes={"damp_percent": 0.01}),
+    ],
+}
 
 
 def read_texts(options: argparse.Namespace, tokenizer: Any) -> dict[str, tuple[Tensor, Tensor]]:
@@ -88,7 +96,8 @@ def measure(
     model: Any, run: Run, texts: dict[str, tuple[Tensor, Tensor]], group_size: int
 ) -> dict[str, Any]:
     """Quantize a copy of the model and take its perplexity on every text."""
-    config = BaseQuantizeConfig.preset(run.preset, run.bits, group_size, **run.changes)
+    changes = {"group_size": group_size} | run.changes
+    config = BaseQuantizeConfig.preset(run.preset, run.bits, **changes)
     wrapper = BaseGPTQForCausalLM(copy.deepcopy(model), False, config)
     started = time.perf_counter()
     rows = texts[run.text][0][: run.rows]
@@ -114,8 +123,8 @@ def main() -> None:
     arguments.add_argument("--evaluation", type=int, default=92)
     arguments.add_argument("--length", type=int, default=512)
     arguments.add_argument("--group-size", type=int, default=128)
+    arguments.add_argument("--tables", choices=TABLES, nargs="+", default=["presets"])
     arguments.add_argument("--bits", type=int, help="of all runs; every width if absent")
-    arguments.add_argument("--runs", type=int, default=len(RUNS))
     arguments.add_argument("--seconds", type=float, default=math.inf, help="begin no run after it")
     arguments.add_argument("--results", type=Path, help="folder for the JSON file")
     options = arguments.parse_args()
@@ -132,8 +141,8 @@ def main() -> None:
         model, tokenizer = models.trained(options.model, folder, training, device)
     texts = read_texts(options, tokenizer)
     whole = {"settings": "full precision", "bits": "", "calibrated on": ""}
-    rows = [whole | _perplexities(model, texts) | {"seconds": ""}]
-    print(rows[-1], flush=True)
+    whole |= _perplexities(model, texts) | {"seconds": ""}
+    print(whole, flush=True)
     settings = {
         "model": options.model,
         "weights": sum(p.numel() for p in model.parameters()),
@@ -142,15 +151,17 @@ def main() -> None:
         "evaluation": {kind: list(evaluation.shape) for kind, (_, evaluation) in texts.items()},
         "texts": options.data.name if options.data else "of the running Python",
     }
-    name = f"perplexity-{options.model}-{device}" + (f"-{options.bits}bit" if options.bits else "")
-    for run in [run for run in RUNS if options.bits in (None, run.bits)][: options.runs]:
-        if time.perf_counter() - started > options.seconds:
-            break
-        rows.append(measure(model, run, texts, options.group_size))
-        print(rows[-1], flush=True)
-        content = {"settings": settings, "rows": rows}
-        save(name, content, options.results)
-    print(table(rows))
+    for name in options.tables:
+        rows = [whole]
+        parts = ["perplexity", options.model, device, name]
+        parts += [] if options.bits is None else [f"{options.bits}bit"]
+        for run in [run for run in TABLES[name] if options.bits in (None, run.bits)]:
+            if time.perf_counter() - started > options.seconds:
+                break
+            rows.append(measure(model, run, texts, options.group_size))
+            print(rows[-1], flush=True)
+            save("-".join(parts), {"settings": settings, "rows": rows}, options.results)
+        print(table(rows), flush=True)
 
 
 if __name__ == "__main__":
