@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from ..calibration.activations import Activations
 from ..calibration.capture import after_blocks, forwards_replaced
 from ..calibration.examples import Batch, model_inputs
+from ..calibration.memory import free_bytes
 from ..formats.gptq import unpack_codes, unpack_zeros
 from ..nn_modules.qlinear.linear import QuantLinear
 from ..nn_modules.surgery import replace
@@ -36,6 +37,9 @@ _RATE = 1e-3  # step of Adam at the start, as a share of the scales; it falls to
 _WARM_UP = 8  # steps
 _TOKENS = 4096  # of a step, at most
 _STEPS = 16  # of an epoch, at least, where there are rows enough
+_FOR_ACTIVATIONS = 0.5  # of the free memory; the rest is for logits and gradients
+
+_Make = Callable[[int, Any], Any]  # see forwards_replaced
 
 
 def tune_scales(
@@ -50,7 +54,8 @@ def tune_scales(
     """Change the scales of every QuantLinear below the blocks, where that brings logits nearer.
 
     The whole model runs on the device, in bfloat16 on a GPU; of its activations only those between
-    blocks are kept.  Scales stay where the tuned ones are no better on the steps that are held out.
+    blocks are kept where memory is scarce.  Scales stay where the tuned ones are no better on the
+    steps that are held out.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
     with _scaled(model, layers) as tuned, placed(model, device, torch.float32):
@@ -92,6 +97,9 @@ class _Logits:
     ) -> None:
         self.steps = steps
         self._model, self._blocks, self._outputs, self._device = model, blocks, outputs, device
+        self._in_block = _checkpointed
+        if self._kept_bytes(0) * len(blocks) < free_bytes(device) * _FOR_ACTIVATIONS:
+            self._in_block = _plain  # a third of the time less, half of it on a GPU
 
     def distance(self, index: int) -> Tensor:
         """Give the mean divergence of the tokens' probabilities from the full-precision model's."""
@@ -100,18 +108,47 @@ class _Logits:
         with torch.no_grad():
             wanted = after_blocks(self._model, self._blocks, batch, hidden, self._outputs)
             wanted = F.log_softmax(wanted.logits[keep].float(), -1)
-        with (
-            forwards_replaced(self._blocks, _checkpointed),
-            torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"),
-        ):
-            found = self._model(**model_inputs(self._model, batch, self._device)).logits
-        found = F.log_softmax(found[keep].float(), -1)
+        found = F.log_softmax(self._logits(batch, self._in_block)[keep].float(), -1)
         return F.kl_div(found, wanted, reduction="sum", log_target=True) / len(wanted)
 
     @torch.no_grad()
     def mean(self, steps: Sequence[int]) -> float:
         """Give the mean divergence of some steps."""
         return float(torch.stack([self.distance(i) for i in steps]).mean())
+
+    def _logits(self, batch: Batch, in_block: _Make) -> Tensor:
+        with (
+            forwards_replaced(self._blocks, in_block),
+            torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"),
+        ):
+            logits: Tensor = self._model(**model_inputs(self._model, batch, self._device)).logits
+        return logits
+
+    def _kept_bytes(self, step: int) -> int:
+        """Run a step to see how much the last block keeps for its gradients."""
+        last = self._blocks[-1]
+        own = {x.untyped_storage().data_ptr() for x in (*last.parameters(), *last.buffers())}
+        sizes: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        def last_noted(index: int, forward: Any) -> Any:
+            if index < len(self._blocks) - 1:
+                return _checkpointed(index, forward)
+
+            def noting(*args: Any, **kwargs: Any) -> Any:
+                with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                    return forward(*args, **kwargs)
+
+            return noting
+
+        with torch.enable_grad():
+            self._logits(self.steps[step][0], last_noted)
+        return sum(sizes.values())
 
 
 class _Scaled(nn.Module):
@@ -210,5 +247,9 @@ def _steps(batches: Sequence[Batch], exact: Activations) -> Iterator[tuple[Batch
             yield Batch(ids, mask, batch.others), hidden[part].to(torch.float32)
 
 
-def _checkpointed(_index: int, forward: object) -> object:
+def _plain(_index: int, forward: Any) -> Any:
+    return forward
+
+
+def _checkpointed(_index: int, forward: Any) -> Any:
     return functools.partial(checkpoint, forward, use_reentrant=False)
