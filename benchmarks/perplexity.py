@@ -48,6 +48,7 @@ class Run:
         return self.text + ("" if self.rows is None else f", {self.rows} rows")
 
 
+_FILES = {"smollm2": models.smollm2, "gemma3": models.gemma3}
 _PRESETS = ("compatible", "default", "best")
 # Each table goes to a file of its own; runs in order of importance, `--seconds` cuts the list off.
 TABLES: dict[str, list[Run]] = {
@@ -115,9 +116,9 @@ def _perplexities(model: Any, texts: dict[str, tuple[Tensor, Tensor]]) -> dict[s
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--model", choices=("smollm2", "llama", "gpt2"), default="smollm2")
+    arguments.add_argument("--model", choices=(*_FILES, "llama", "gpt2"), default="smollm2")
     arguments.add_argument("--folder", type=Path, help="where the model is kept, to be made once")
-    arguments.add_argument("--gguf", type=Path, help="SmolLM2's file, if not the installed one")
+    arguments.add_argument("--gguf", type=Path, help="the model's file, if not the installed one")
     arguments.add_argument("--steps", type=int, help="of training; what fits the device if absent")
     arguments.add_argument("--data", type=Path, help="token rows of every text, made before")
     arguments.add_argument("--calibration", type=int, default=128)
@@ -132,9 +133,9 @@ def main() -> None:
 
     started = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if options.model == "smollm2":
-        folder = options.folder or Path(".demo/smollm2-fp16")
-        model, tokenizer = models.smollm2(folder, options.gguf, device)
+    if options.model in _FILES:
+        folder = options.folder or Path(f".demo/{options.model}-fp16")
+        model, tokenizer = _FILES[options.model](folder, options.gguf, device)
     else:
         training = models.TRAININGS[device]
         training = replace(training, steps=options.steps or training.steps)
@@ -154,7 +155,7 @@ def main() -> None:
     }
     for name in options.tables:
         rows = [whole]
-        parts = ["perplexity", options.model, device, name]
+        parts = ["perplexity", options.model, device, *([] if name == "presets" else [name])]
         parts += [] if options.bits is None else [f"{options.bits}bit"]
         for run in [run for run in TABLES[name] if options.bits in (None, run.bits)]:
             if time.perf_counter() - started > options.seconds:
