@@ -113,6 +113,27 @@ def test_padding_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.allclose(one[name].float(), another[name].float(), rtol=2e-3), name
 
 
+def test_activations_that_memory_does_not_hold_are_computed_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    again: list[int] = []
+    checkpointed = scales._checkpointed
+
+    def counting(index: int, forward: object) -> object:
+        again.append(index)
+        return checkpointed(index, forward)
+
+    monkeypatch.setattr(scales, "_checkpointed", counting)
+    model, rows = tiny_model(dtype=torch.float32), torch.randint(2, 250, (8, 64))
+    kept = quantized(model, rows, scale_epochs=2).model.state_dict()
+    assert again == [0]  # once, to see what the last of two blocks keeps
+    monkeypatch.setattr(scales, "_FOR_ACTIVATIONS", 0)
+    spared = quantized(model, rows, scale_epochs=2).model.state_dict()
+    assert len(again) > 30
+    for name in (name for name in kept if name.endswith("scales")):
+        assert torch.allclose(kept[name].float(), spared[name].float(), rtol=2e-3), name
+
+
 def test_a_negative_number_of_epochs_is_refused() -> None:
     with pytest.raises(ConfigError, match="scale_epochs"):
         BaseQuantizeConfig(scale_epochs=-1)
