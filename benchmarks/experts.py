@@ -209,6 +209,7 @@ def measure(shape: Shape, options: argparse.Namespace) -> list[dict[str, Any]]:
             row[name] = called(call, calls, options.seconds)
             if device.type == "cuda" and name in CAPTURABLE:
                 row[f"{name}, in a graph"] = in_a_graph(call, calls)
+            print(f"{tokens} tokens, {name}: {row[name]:.1f}", flush=True)
     return [{"tokens": tokens, **row} for tokens, row in rows.items()]
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from auto_gptq.nn_modules.qlinear import QuantLinear
 from tests.integrations.checkpoints import IDS, edited, make
+from tests.integrations.test_experts import TYPES, pack, tiny_moe, write
 from tests.integrations.test_transformers import V5, _without_g_idx
 
 # Offloaded layers run on other kernels, whose sums are rounded to float16's 11 bits elsewhere.
@@ -66,9 +67,13 @@ def test_disk_offload_holds_half_the_packed_weights_and_computes_the_same(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
-def test_cpu_offload_frees_the_device(kind: str, tmp_path: Path) -> None:
+def test_cpu_offload_frees_the_device(kind: str, checkpoint: Path, tmp_path: Path) -> None:
     """A router was fetched in the checkpoint's dtype, where transformers before 5.20 renamed it."""
-    device, folder = torch.device("cuda:0"), make(tmp_path / "packed", kind, {})
+    device, folder = torch.device("cuda:0"), checkpoint
+    if kind == "mixtral":
+        model, folder = tiny_moe(kind), tmp_path / kind
+        pack(model)
+        write(model, folder, TYPES[kind] if V5 else None)
     whole = _load(folder, device_map={"": str(device)})
     model = _load(folder, device_map=_map(device, "cpu"), offload_buffers=True)
     ids = IDS.to(device)
