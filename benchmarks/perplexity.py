@@ -115,7 +115,8 @@ def _perplexities(model: Any, texts: dict[str, tuple[Tensor, Tensor]]) -> dict[s
     return {kind: perplexity(model, rows, at_once) for kind, (_, rows) in texts.items()}
 
 
-def main() -> None:
+def read_options() -> argparse.Namespace:
+    """Read the command line."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--model", choices=(*_FILES, "llama", "gpt2"), default="smollm2")
     arguments.add_argument("--folder", type=Path, help="where the model is kept, to be made once")
@@ -129,9 +130,14 @@ def main() -> None:
     arguments.add_argument("--tables", choices=TABLES, nargs="+", default=["presets"])
     arguments.add_argument("--bits", type=int, help="of all runs; every width if absent")
     arguments.add_argument("--seconds", type=float, default=math.inf, help="begin no run after it")
+    arguments.add_argument("--untimed", action="store_true", help="say no seconds: it runs beside")
     arguments.add_argument("--results", type=Path, help="folder for the JSON file")
-    options = arguments.parse_args()
+    return arguments.parse_args()
 
+
+def main() -> None:
+    """Measure."""
+    options = read_options()
     started = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.model in _FILES:
@@ -162,6 +168,8 @@ def main() -> None:
             if time.perf_counter() - started > options.seconds:
                 break
             rows.append(measure(model, run, texts, options.group_size))
+            if options.untimed:  # what else was running says how long it took
+                rows[-1]["seconds"] = ""
             print(rows[-1], flush=True)
             save("-".join(parts), {"settings": settings, "rows": rows}, options.results)
         print(table(rows), flush=True)
