@@ -55,7 +55,8 @@ TABLES: dict[str, list[Run]] = {
     "presets": [Run(preset, bits) for bits in (4, 3) for preset in _PRESETS],
     "other-text": [Run(p, bits, text="source code") for bits in (4, 3) for p in _PRESETS],
     "few-rows": [
-        Run(preset, bits, rows=rows) for rows in (16, 8) for bits in (3, 4) for preset in _PRESETS
+        *(Run(p, bits, rows=rows) for bits in (3, 4) for rows in (8, 16) for p in _PRESETS),
+        *(Run("default", 3, {"correction": share}, rows=8) for share in (0.0, 0.4, 1.0)),
     ],
     "grids": [
         *(Run(preset, 2) for preset in _PRESETS),

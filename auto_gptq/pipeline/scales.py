@@ -33,7 +33,7 @@ from .tuning import BETAS, held_out, shuffled
 
 logger = logging.getLogger(__name__)
 
-_RATE = 1e-3  # step of Adam at the start, as a share of the scales; it falls to 0 by a cosine
+_RATE = 2e-3  # step of Adam at the start, as a share of the scales; it falls to 0 by a cosine
 _WARM_UP = 8  # steps
 _TOKENS = 4096  # of a step, at most
 _STEPS = 16  # of an epoch, at least, where there are rows enough
