@@ -66,6 +66,7 @@ TABLES: dict[str, list[Run]] = {
         *(Run(p, 4, {"group_size": -1}) for p in _PRESETS),
         *(Run(p, bits, {"sym": False}) for bits in (2, 4) for p in _PRESETS),
     ],
+    "epochs": [Run("best", bits, {"scale_epochs": 6}) for bits in (3, 4)],
     "parts": [
         Run("default"),
         *(Run("default", bits, {"tuning_epochs": 3}) for bits in (4, 3)),

@@ -33,7 +33,7 @@ from .tuning import BETAS, held_out, shuffled
 
 logger = logging.getLogger(__name__)
 
-_RATE = 2e-3  # step of Adam at the start, as a share of the scales; it falls to 0 by a cosine
+_RATE = 1e-3  # step of Adam at the start, as a share of the scales; it falls to 0 by a cosine
 _WARM_UP = 8  # steps
 _TOKENS = 4096  # of a step, at most
 _STEPS = 16  # of an epoch, at least, where there are rows enough
@@ -99,7 +99,7 @@ class _Logits:
         self._model, self._blocks, self._outputs, self._device = model, blocks, outputs, device
         self._in_block = _checkpointed
         if self._kept_bytes(0) * len(blocks) < free_bytes(device) * _FOR_ACTIVATIONS:
-            self._in_block = _plain  # a third of the time less, half of it on a GPU
+            self._in_block = _plain
 
     def distance(self, index: int) -> Tensor:
         """Give the mean divergence of the tokens' probabilities from the full-precision model's."""
