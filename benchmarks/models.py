@@ -22,7 +22,7 @@ from transformers import (
 from auto_gptq.evaluation.smollm2 import unpack_smollm2
 
 _VOCABULARY = 4096
-_CHARACTERS = 60_000_000  # of Python to learn from, at most
+_CHARACTERS = 24_000_000  # of Python to learn from, at most
 _FOR_TOKENIZER = 4_000_000  # of them
 
 

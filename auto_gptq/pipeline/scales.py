@@ -99,7 +99,7 @@ class _Logits:
         self._model, self._blocks, self._outputs, self._device = model, blocks, outputs, device
         self._in_block = _checkpointed
         if self._kept_bytes(0) * len(blocks) < free_bytes(device) * _FOR_ACTIVATIONS:
-            self._in_block = _plain  # a third of the time less, half of it on a GPU
+            self._in_block = _plain
 
     def distance(self, index: int) -> Tensor:
         """Give the mean divergence of the tokens' probabilities from the full-precision model's."""
