@@ -7,7 +7,7 @@
 *cold* takes turns among eight, 67 MB, which do not stay in the cache.  Rivals are timed in turn,
 round after round, so that all meet the same neighbours on the machine, after as many calls as the
 cache takes to forget the rival before; the least and the median of the rounds are kept.  ``--avx2``
-holds torch and us to AVX2.
+holds torch and us, on one thread, to AVX2.
 
 ``model``: tokens per second through ``generate``, prefill, and perplexity, for the folders that
 ``examples/demo.py`` leaves.
@@ -23,7 +23,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +43,20 @@ from auto_gptq.nn_modules.qlinear import QuantLinear
 assert ops  # importing it defines the operators
 
 N = K = 4096
-GROUP, COPIES, FIRST, REPEATS = 128, 8, 8, 4
+GROUP, COPIES, FIRST, REPEATS = 128, 8, 16, 4
 SETTINGS = 4, GROUP, K, N
 
 
-def compete(rivals: dict[str, Callable[[], Any]], rounds: int) -> dict[str, tuple[float, float]]:
+def compete(
+    rivals: dict[str, Callable[[], Any]], rounds: int, first: int
+) -> dict[str, tuple[float, float]]:
     """Time all in turn; give the least and the median in milliseconds."""
     times: dict[str, list[float]] = {name: [] for name in rivals}
     for name in [*rivals, *rivals]:  # twice, to warm up
         rivals[name]()
     for _ in range(rounds):
         for name, run in rivals.items():
-            for _ in range(FIRST):
+            for _ in range(first):
                 run()
             started = time.perf_counter()
             for _ in range(REPEATS):
@@ -85,22 +86,12 @@ def avx2_product(x: Tensor, tiles: Tensor, scales: Tensor) -> Callable[[], Any]:
         (ctypes.byref(weight), ctypes.byref(rounded)),
         (ctypes.c_int64(0), ctypes.c_int64(m)),
     )
-    halves = torch.get_num_threads() == 2
-    helper = ThreadPoolExecutor(1)  # slower than torch's own threads, by some dozen microseconds
-
-    def columns(begin: int, end: int) -> None:
-        wide = ctypes.c_int64(begin), ctypes.c_int64(end)
-        library.auto_gptq_cpu_multiply_tiles(*both, ctypes.c_void_p(y.data_ptr()), *wide, 1)
+    columns = ctypes.c_int64(0), ctypes.c_int64(N)
 
     def run() -> tuple[Any, ...]:
         y.zero_()
         library.auto_gptq_cpu_round(both[0], ctypes.c_void_p(x.data_ptr()), both[1], *rows, 1)
-        if halves:
-            other = helper.submit(columns, N // 2, N)
-            columns(0, N // 2)
-            other.result()
-        else:
-            columns(0, N)
+        library.auto_gptq_cpu_multiply_tiles(*both, ctypes.c_void_p(y.data_ptr()), *columns, 1)
         return tiles, scales, x, buffers  # kept alive
 
     return run
@@ -141,10 +132,10 @@ def rivals_of(m: int, avx2: bool) -> dict[str, Callable[[], Any]]:
 
 def products(options: argparse.Namespace) -> None:
     rows = []
-    for threads in (1, 2):
+    for threads in (1,) if options.avx2 else (1, 2):
         torch.set_num_threads(threads)
         for m in options.rows:
-            found = compete(rivals_of(m, options.avx2), max(options.rounds // m, 5))
+            found = compete(rivals_of(m, options.avx2), max(options.rounds // m, 5), FIRST // m + 1)
             for name, (least, median) in found.items():
                 rows.append(
                     {"M": m, "threads": threads, "what": name, "least ms": least, "ms": median}
