@@ -100,7 +100,8 @@ Memory round_all(std::vector<Hit>& hits, const float* x, bool to_bytes) {
   std::vector<int64_t> at;
   int64_t bytes = 0;
   for (Hit& hit : hits) {
-    const int32_t few = hit.count <= kFewRows && isa != auto_gptq::kPortable;
+    const int32_t few =
+        any.bits != 4 && hit.count <= kFewRows && isa != auto_gptq::kPortable;
     const int32_t terms = to_bytes && !few ? 1 : 2;
     const int64_t skipped = hit.first * tiles * 2;
     hit.x = {hit.count, terms, few, unit, nullptr, memory.scales.data() + skipped,

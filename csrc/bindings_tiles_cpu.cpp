@@ -8,8 +8,10 @@ namespace {
 using namespace auto_gptq_bindings;
 
 // Up to this many rows go through the codes as they lie; more are worth unfolding them.  Where that
-// was as fast, measured at 4096 x 4096 with AVX2 and AVX-512.
-constexpr int64_t few_rows(int32_t bits) { return bits == 8 ? 4 : bits == 3 ? 12 : 32; }
+// was as fast, measured at 4096 x 4096 with AVX2 and AVX-512.  With 4 bits there is one way for all.
+constexpr int64_t few_rows(int32_t bits) {
+  return bits == 4 ? 0 : bits == 8 ? 4 : bits == 3 ? 12 : 32;
+}
 
 // Rounded x, and the memory that it lies in.
 struct Activations {
@@ -181,7 +183,7 @@ Tensor multiply(const Tensor& x,
   }
   const Activations made = round_rows(weight.tiled, rows, m, to_bytes);
   const auto isa = auto_gptq_cpu_best_isa();
-  for_outputs(n, 16, k * std::max<int64_t>(m, 1), [&](int64_t begin, int64_t end) {
+  for_outputs(n, 32, k * std::max<int64_t>(m, 1), [&](int64_t begin, int64_t end) {
     for (int64_t row = 0; row < m; ++row) {
       for (int64_t i = begin; i < end; ++i) {
         out[row * n + i] = add ? add[i] : 0.0f;

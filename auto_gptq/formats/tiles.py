@@ -30,6 +30,10 @@ and 2, so that one ``(word >> shift) & mask`` gives a pair of codes 16 bits apar
             word per lane: field f = 0..7 of word w is bit (2 + 2 (f % 4) + f / 4 + 8 w) % 16 of a
             half, which leaves it just above its lower bits after few shifts
 
+A CPU multiplies vectors of as many outputs as there are lanes.  In its memory the words of a 4-bit
+tile lie ``[2 pairs of row tiles][step][q][row tile of the pair][l / 4]``: 16 words side by side are
+of 16 outputs r0, and r1, and the same four inputs.  So where a tensor is says how its words lie.
+
 K and N are padded to whole tiles with codes of 0 and scales of 0.  Padded outputs are cut off.  A
 padded input contributes nothing because kernels take its activation for 0, whatever the zero point.
 
@@ -156,7 +160,25 @@ def tile_codes(
             words[..., place.word] |= lanes << place.bit
         vector = min(plane.words, 4)
         planes.append(words.unflatten(4, (-1, vector)).transpose(3, 4).flatten(2))
-    return torch.cat(planes, 2)
+    tiles = torch.cat(planes, 2)
+    return order_for_cpu(tiles) if _is_for_cpu(qweight, bits) else tiles
+
+
+def _is_for_cpu(tensor: Tensor, bits: int) -> bool:
+    """Whether a tile's words lie, or are to lie, in the CPU's own order."""
+    return bits == 4 and tensor.device.type == "cpu"
+
+
+def order_for_cpu(tiles: Tensor) -> Tensor:  # [..., 512], 4 bits
+    """Turn words in the order of lanes into the CPU's."""
+    words: Tensor = tiles.unflatten(-1, (2, 2, 8, 4, 4))  # pair, row tile, l / 4, q, step
+    return words.movedim((-1, -2), (-4, -3)).flatten(-5)
+
+
+def order_for_lanes(tiles: Tensor) -> Tensor:  # [..., 512], 4 bits
+    """Undo :func:`order_for_cpu`."""
+    words: Tensor = tiles.unflatten(-1, (2, 4, 4, 2, 8))  # pair, step, q, row tile, l / 4
+    return words.movedim((-4, -3), (-1, -2)).flatten(-5)
 
 
 def untile_codes(
@@ -181,6 +203,8 @@ def read_codes(
 ) -> Tensor:  # [K, N] uint8, sorted by group
     """Give the codes of tiles, in the order of the tiles' inputs."""
     n_tiles, k_tiles = tiles.shape[:2]
+    if _is_for_cpu(tiles, bits):
+        tiles = order_for_lanes(tiles)
     size = (k_tiles, _STEPS, 4, 4, n_tiles, _ROW_TILES, 2, 8)
     codes = torch.zeros(size, dtype=torch.uint8, device=tiles.device)
     at = 0

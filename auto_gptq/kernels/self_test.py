@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..formats.gptq import GPTQTensors, trivial_g_idx
-from ..formats.tiles import to_tiles
+from ..formats.tiles import order_for_cpu, to_tiles
 from . import expert_ops, ops, reference
 
 # 16-bit x and sums in another order cost a tenth of this; misplaced codes cost a hundred times it.
@@ -53,15 +53,16 @@ def _first_wrong(device: torch.device, bits: int) -> str | None:
         (torch.rand(groups, _N, generator=generator) + 0.5).half(),
         trivial_g_idx(_K, _GROUP),
     )
-    tiled = to_tiles(packed, bits, _GROUP, 1)
+    moved = GPTQTensors(*(tensor.to(device) for tensor in vars(packed).values()))
+    tiled = to_tiles(moved, bits, _GROUP, 1)
     settings = bits, _GROUP, _K, _N
     weight = reference.dequantize(
         packed.qweight, packed.qzeros, packed.scales, packed.g_idx, bits, 1, torch.float32
     )
-    there = [None if t is None else t.to(device) for t in vars(tiled).values()]
+    there = list(vars(tiled).values())
     op = torch.ops.auto_gptq
-    repacked = op.repack_tiles(packed.qweight.to(device), None, bits, _GROUP)
-    if not torch.equal(repacked.cpu(), tiled.tiles):
+    repacked = op.repack_tiles(moved.qweight, None, bits, _GROUP)
+    if not torch.equal(repacked, tiled.tiles):
         return "repack_tiles misplaces codes"
     dense = op.dequantize_tiles(*there, *settings, torch.float32)
     if not torch.equal(dense.cpu(), weight):
@@ -103,6 +104,7 @@ def _first_wrong_experts(device: torch.device, bits: int) -> str | None:
         count, rows_of_tiles, columns = len(sizes), -(-outputs // 64), _K // 64
         words = (count, rows_of_tiles, columns, 128 * bits)
         tiles = torch.randint(-(2**31), 2**31, words, generator=generator).to(torch.int32)
+        tiles_here = order_for_cpu(tiles) if bits == 4 else tiles
         grids = (count, _K // _GROUP, rows_of_tiles * 64)
         scales = (torch.rand(grids, generator=generator) + 0.5).half()
         zeros = torch.randint(2**bits, grids, generator=generator).to(torch.uint8)
@@ -110,9 +112,10 @@ def _first_wrong_experts(device: torch.device, bits: int) -> str | None:
         settings = bits, _GROUP, _K, outputs
         for dtype in dtypes:
             x = torch.randn(sum(sizes), _K, generator=generator).to(dtype)
-            weight = (ends, tiles, scales, zeros)
+            weight = (ends, tiles_here, scales, zeros)
             expected = expert_ops.q_experts(x.float(), None, *weight, None, None, *settings, False)
-            there = [tensor.to(device) for tensor in weight]
+            own = tiles_here if device.type == "cpu" else tiles
+            there = [tensor.to(device) for tensor in (ends, own, scales, zeros)]
             y = torch.ops.auto_gptq.q_experts(
                 x.to(device), None, *there, None, None, *settings, False
             )

@@ -56,6 +56,7 @@ constexpr Order kOrders[2][4] = {
 // Numbers of up to two tiles, in the order of the bytes of x.
 struct Numbers {
   alignas(64) float x[2 * kSide];
+  alignas(64) int32_t whole[2 * kSide];  // rounded, before scaling
   int8_t high[2 * kSide], low[2 * kSide];
 };
 
@@ -63,19 +64,18 @@ struct Numbers {
 struct Source {
   const Order* order;
   int64_t place[kSide];  // in its tile of each number; of 4 * kSide bytes only those that are not 0
-  int bytes;             // of x per tile and term
-  int turn;              // numbers that follow one another in the same half of the steps
+  alignas(64) int32_t second[kSide];  // -1 for each number of the second half of the steps, else 0
+  int bytes;                          // of x per tile and term
+  bool neighbours;                    // whether each word has inputs 0, 2, 1, 3 from its first on
 };
 
 AUTO_GPTQ_INLINE Source source_of(const Tiled& w, const Rounded& to) {
   const int bytes = bytes_of_x(w.bits, to.few);
-  Source source{&kOrders[to.few][w.bits == 8 ? 3 : w.bits - 2], {}, bytes, kSide / 2};
+  Source source{&kOrders[to.few][w.bits == 8 ? 3 : w.bits - 2], {}, {}, bytes, w.bits == 4};
   for (int j = 0; j < kSide; ++j) {
     const int input = bytes == kSide ? source.order->input[j] : j;
     source.place[j] = place_of(w.run, input / 16, input % 16 / 4, input % 4);
-  }
-  if (to.few && bytes == kSide) {
-    source.turn = w.bits == 4 ? 8 : 4;
+    source.second[j] = input >= kSide / 2 ? -1 : 0;
   }
   return source;
 }
@@ -111,6 +111,7 @@ AUTO_GPTQ_INLINE float round_block(Numbers& own, int begin, int count, int terms
   for (int i = begin; i < begin + count; ++i) {
     const int32_t whole = to_nearest(factor == 0 ? 0.0f : own.x[i] * factor);
     const int32_t upper = terms == 1 ? whole : (whole + 64) >> 7;
+    own.whole[i] = whole;
     own.high[i] = static_cast<int8_t>(upper);
     own.low[i] = static_cast<int8_t>(whole - upper * 128);
   }
@@ -121,6 +122,7 @@ AUTO_GPTQ_INLINE float round_block(Numbers& own, int begin, int count, int terms
 AUTO_GPTQ_INLINE float round_shifted(Numbers& own, int count, int32_t* shifts) {
   const Size size = Size::of(own.x, count);
   float largest[4 * kShifts] = {}, factors[4 * kShifts];
+  int32_t units[4 * kShifts];
   for (int i = 0; i < count; i += 4 * kShifts) {
     for (int j = 0; j < 4 * kShifts; ++j) {
       largest[j] = std::max(largest[j], std::abs(own.x[i + j]));
@@ -134,33 +136,30 @@ AUTO_GPTQ_INLINE float round_shifted(Numbers& own, int count, int32_t* shifts) {
     shifts[word] = std::min(std::max(exponent - 127, 0), 7);
     std::fill_n(factors + 4 * word, 4,
                 size.inverse * static_cast<float>(kOneTerm << 7 >> shifts[word]));
+    std::fill_n(units + 4 * word, 4, 1 << shifts[word]);
   }
   for (int i = 0; i < count; i += 4 * kShifts) {
     for (int j = 0; j < 4 * kShifts; ++j) {
       const float value = factors[j] == 0 ? 0.0f : own.x[i + j] * factors[j];
-      own.high[i + j] = static_cast<int8_t>(to_nearest(value));
+      own.whole[i + j] = to_nearest(value);
+    }
+    for (int j = i; j < i + 4 * kShifts; ++j) {
+      own.high[j] = static_cast<int8_t>(own.whole[j]);
+      own.whole[j] *= units[j - i];
     }
   }
   return size.largest / (kOneTerm << 7);
 }
 
-// Add up the numbers of each half of a tile that starts at `begin`, before scaling.
-AUTO_GPTQ_INLINE void sum_halves(const Numbers& own,
-                                 int begin,
-                                 int turn,
-                                 int terms,
-                                 const int32_t* shifts,  // or null
-                                 float (&sums)[2]) {
-  int32_t whole[2] = {};
-  for (int i = 0; i < kSide; i += 4) {
-    int32_t sum = 0;
-    for (int j = begin + i; j < begin + i + 4; ++j) {
-      sum += terms == 1 ? own.high[j] : own.high[j] * 128 + own.low[j];
-    }
-    whole[i / turn % 2] += shifts ? sum << shifts[i / 4 % kShifts] : sum;
+// Add up the numbers of each half of the tile that starts at `begin`.
+AUTO_GPTQ_INLINE void sum_halves(const Numbers& own, int begin, const Source& source, float* sums) {
+  int32_t all = 0, second = 0;
+  for (int i = 0; i < kSide; ++i) {
+    all += own.whole[begin + i];
+    second += own.whole[begin + i] & source.second[i];
   }
-  sums[0] = static_cast<float>(whole[0]);
-  sums[1] = static_cast<float>(whole[1]);
+  sums[0] = static_cast<float>(all - second);
+  sums[1] = static_cast<float>(second);
 }
 
 // Take the inputs of tile t of a row in the order of x's bytes.
@@ -168,6 +167,13 @@ AUTO_GPTQ_INLINE void take_tile(
     const Tiled& w, const Source& source, const float* row, int64_t t, float* to) {
   const int64_t first = t * kSide;
   if (!w.perm && first + kSide <= w.k) {
+    if (source.neighbours) {
+      for (int j = 0; j < kSide; j += 4) {
+        const Floats<4> four = load<Floats<4>>(row + first + source.place[j]);
+        store(to + j, __builtin_shufflevector(four, four, 0, 2, 1, 3));
+      }
+      return;
+    }
     for (int j = 0; j < kSide; ++j) {
       to[j] = row[first + source.place[j]];
     }
@@ -213,7 +219,7 @@ AUTO_GPTQ_INLINE void round_rows(
       for (int i = 0; i < count; i += kSide) {
         const int64_t at = m * tiles + t + i / kSide;
         float sums[2];
-        sum_halves(own, i, source.turn, to.terms, shifts, sums);
+        sum_halves(own, i, source, sums);
         to.sums[at * 2] = sums[0] * to.scales[at * 2];
         to.sums[at * 2 + 1] = sums[1] * to.scales[at * 2 + 1];
         int8_t* codes = to.codes + at * to.terms * source.bytes;

@@ -1,8 +1,9 @@
 // x W^T from tiles (auto_gptq/formats/tiles.py) with x in whole numbers, for any length of vectors:
-// many rows share codes that are unfolded, 16 outputs and 1024 inputs at a time.
+// many rows share codes that are unfolded, 16 outputs and 1024 inputs at a time, except with 4 bits.
 #pragma once
 
 #include "tiles_few.h"
+#include "tiles_four.h"
 
 namespace auto_gptq {
 namespace {
@@ -97,6 +98,19 @@ void multiply_many(const Tiled& w, const Rounded& x, int64_t n, float* y) {
   }
 }
 
+template <class Set>
+void multiply_four(const Tiled& w, const Rounded& x, float* y, int64_t begin, int64_t end) {
+  for (int64_t n = begin, next; n < end; n = next) {
+    next = std::min(n / kSide * kSide + kSide, end);
+    if (x.terms == 1) {
+      multiply_four<Set, 1>(w, x, n, next, y);
+    } else {
+      multiply_four<Set, 2>(w, x, n, next, y);
+    }
+  }
+}
+
+// The same for 2, 3 and 8 bits.
 template <class Set, int BITS>
 void multiply(const Tiled& w, const Rounded& x, float* y, int64_t begin, int64_t end) {
   if (x.few) {
@@ -124,7 +138,7 @@ template <class Set>
 void multiply_tiles(const Tiled& w, const Rounded& x, float* y, int64_t begin, int64_t end) {
   if (w.bits == 2) return multiply<Set, 2>(w, x, y, begin, end);
   if (w.bits == 3) return multiply<Set, 3>(w, x, y, begin, end);
-  if (w.bits == 4) return multiply<Set, 4>(w, x, y, begin, end);
+  if (w.bits == 4) return multiply_four<Set>(w, x, y, begin, end);
   if (w.bits == 8) return multiply<Set, 8>(w, x, y, begin, end);
 }
 

@@ -68,6 +68,51 @@ struct Avx2 {
     return KIND == kNibbles ? widen(low, 1) : widen(low, 1) + widen(high, 16);
   }
 
+  // Add in this order: compilers would add up in pairs, for which there are too few registers.
+  static AUTO_GPTQ_INLINE void add(__m256i& sum, __m256i more) {
+    sum = _mm256_add_epi16(sum, more);
+    __asm__("" : "+x"(sum));
+  }
+
+  // In 16 bits: 8 * 2 * 15 * 127 at most.
+  template <int TERMS, int M, int C, class Products>
+  static AUTO_GPTQ_INLINE void multiply_eight(const uint32_t* codes,
+                                              const int8_t* x,
+                                              int64_t x_stride,
+                                              Products (&own)[C]) {
+    __m256i low[C][M][TERMS] = {}, high[C][M][TERMS] = {};
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+#pragma GCC unroll 2
+      for (int c = 0; c < C; ++c) {
+        const uint32_t* from = codes + i * kWord + c * kColumn<Avx2>;
+        __builtin_prefetch(from + kAhead / 4, 0, 2);
+        const Words<8> bytes = load<Words<8>>(from);
+#pragma GCC unroll 2
+        for (int r = 0; r < M; ++r) {
+#pragma GCC unroll 2
+          for (int t = 0; t < TERMS; ++t) {
+            const int8_t* four = x + r * x_stride + t * kSide + 4 * i;
+            const Words<8> word = Words<8>{} + load<uint32_t>(four);
+            add(low[c][r][t], pairs(bytes & 0x0f0f0f0f, word));
+            add(high[c][r][t], pairs(bytes >> 4 & 0x0f0f0f0f, word));
+          }
+        }
+      }
+    }
+#pragma GCC unroll 2
+    for (int c = 0; c < C; ++c) {
+#pragma GCC unroll 2
+      for (int r = 0; r < M; ++r) {
+#pragma GCC unroll 2
+        for (int t = 0; t < TERMS; ++t) {
+          own[c].low[r][t] += widen(low[c][r][t], 1);
+          own[c].other[r][t] += widen(high[c][r][t], 1);
+        }
+      }
+    }
+  }
+
   static AUTO_GPTQ_INLINE Words<8> keep(Words<8> x) { return x; }
 
   static AUTO_GPTQ_INLINE Ints<8> repeat_shifts(const int32_t* shifts) {

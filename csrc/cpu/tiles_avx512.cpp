@@ -53,6 +53,33 @@ struct Avx512Vnni {
     return sum;
   }
 
+  template <int TERMS, int M, int C, class Products>
+  static AUTO_GPTQ_INLINE void multiply_eight(const uint32_t* codes,
+                                              const int8_t* x,
+                                              int64_t x_stride,
+                                              Products (&own)[C]) {
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+#pragma GCC unroll 2
+      for (int c = 0; c < C; ++c) {
+        const uint32_t* from = codes + i * kWord + c * kColumn<Avx512Vnni>;
+        __builtin_prefetch(from + kAhead / 4, 0, 2);
+        const Words<16> bytes = keep(load<Words<16>>(from)), low = bytes & 0x0f0f0f0f;
+#pragma GCC unroll 4
+        for (int r = 0; r < M; ++r) {
+#pragma GCC unroll 2
+          for (int t = 0; t < TERMS; ++t) {
+            const int8_t* four = x + r * x_stride + t * kSide + 4 * i;
+            const Words<16> word = Words<16>{} + load<uint32_t>(four);
+            const int sum = TERMS == 1 ? i % kSums<TERMS, M> : t;
+            own[c].low[r][sum] = add(own[c].low[r][sum], low, word);
+            own[c].other[r][sum] = add(own[c].other[r][sum], bytes, word);
+          }
+        }
+      }
+    }
+  }
+
   static AUTO_GPTQ_INLINE Words<16> keep(Words<16> x) {
     __asm__("" : "+v"(x));
     return x;

@@ -9,12 +9,8 @@
 namespace auto_gptq {
 namespace {
 
-constexpr int64_t kSpan = 8;       // tiles of the inputs that a row tile takes at once
-constexpr int64_t kAhead = 16384;  // bytes that are fetched ahead: tiles lie in the order of use
-
-// Whether r1's codes come as r0's plus 16 times their own: the product is parted afterwards.
-template <class Set, int BITS>
-constexpr bool kBoth = BITS == 4 && Set::takes_bytes;
+constexpr int64_t kTiles = 8;       // of the inputs that a row tile takes at once
+constexpr int64_t kFetched = 16384;  // bytes that are fetched ahead: tiles lie in the order of use
 
 // The highest bits of 3-bit codes at bit 2 of their bytes, among others.
 template <int L>
@@ -30,7 +26,7 @@ AUTO_GPTQ_INLINE Words<L> select_high(Words<L> high, int p, int output) {
   return high | high << 7;
 }
 
-// Part p of the codes of line i with 2, 3 or 4 bits, each word four of one output.
+// Part p of the codes of line i with 2 or 3 bits, each word four of one output.
 template <class Set, int BITS>
 AUTO_GPTQ_INLINE void read_line(const uint32_t* codes,  // of the row tile
                                 const uint32_t* high,   // with 3 bits, their highest
@@ -39,19 +35,13 @@ AUTO_GPTQ_INLINE void read_line(const uint32_t* codes,  // of the row tile
                                 VW<Set>& r0,
                                 VW<Set>& r1) {
   constexpr int L = Set::lanes;
-  if constexpr (BITS == 4) {
-    const VW<Set> words = Set::keep(load<VW<Set>>(codes + i * 16 + p * L));
-    r0 = words & 0x0f0f0f0f;
-    r1 = kBoth<Set, BITS> ? words : words >> 4 & 0x0f0f0f0f;
-  } else {
-    const VW<Set> low = Set::repeat_eight(codes + i * 8, p);
-    r0 = low & 0x03030303;
-    r1 = low >> 2 & 0x03030303;
-    if constexpr (BITS == 3) {
-      const VW<Set> highest = Set::double_four(high + i * 4);
-      r0 |= select_high<L>(highest, p, 0) & 0x04040404;
-      r1 |= select_high<L>(highest, p, 1) & 0x04040404;
-    }
+  const VW<Set> low = Set::repeat_eight(codes + i * 8, p);
+  r0 = low & 0x03030303;
+  r1 = low >> 2 & 0x03030303;
+  if constexpr (BITS == 3) {
+    const VW<Set> highest = Set::double_four(high + i * 4);
+    r0 |= select_high<L>(highest, p, 0) & 0x04040404;
+    r1 |= select_high<L>(highest, p, 1) & 0x04040404;
   }
 }
 
@@ -63,13 +53,13 @@ AUTO_GPTQ_INLINE Floats<L> to_floats(Ints<L> whole) {
 // What M rows of x and the outputs of one row of tiles have together.
 template <class Set, int M>
 struct Sums {
-  VF<Set> lanes[kSide][M];                       // r1's 16 times too large where kBoth
+  VF<Set> lanes[kSide][M];                 
   VF<Set> zeros[kSide / Set::lanes][M];          // what zero points take away from them
-  alignas(64) float scales[kSpan][M][2][kSide];  // of a span: weight's times x's, of both halves
+  alignas(64) float scales[kTiles][M][2][kSide];  // of a span: weight's times x's, of both halves
 };
 
 // A vector of an output's scale, or, SPLIT, of its two scales in the order of a line's words.
-template <class Set, int BITS, bool SPLIT>
+template <class Set, bool SPLIT>
 AUTO_GPTQ_INLINE VF<Set> spread_scale(const float* scale) {
   const VF<Set> first = scale[0] - VF<Set>{};  // 0 + x would be computed, for x = -0
   if constexpr (!SPLIT) {
@@ -79,7 +69,7 @@ AUTO_GPTQ_INLINE VF<Set> spread_scale(const float* scale) {
   VI<Set> later;
 #pragma GCC unroll 16
   for (int j = 0; j < Set::lanes; ++j) {
-    later[j] = j / (BITS == 4 ? 2 : 1) % 2 ? -1 : 0;
+    later[j] = j % 2 ? -1 : 0;
   }
   return later ? second : first;
 }
@@ -146,12 +136,9 @@ AUTO_GPTQ_INLINE void add_line(const VW<Set> (&r0)[UNIT * kParts<Set>],
                                VF<Set>& sum0,
                                VF<Set>& sum1) {
   const VI<Set> whole0 = dot<Set, kNibbles>(r0, x);
-  VI<Set> whole1 = dot<Set, kNibbles>(r1, x);
-  if constexpr (kBoth<Set, BITS>) {
-    whole1 -= whole0;
-  }
-  sum0 += to_floats<Set::lanes>(whole0) * spread_scale<Set, BITS, SPLIT>(scale);
-  sum1 += to_floats<Set::lanes>(whole1) * spread_scale<Set, BITS, SPLIT>(scale + 8);
+  const VI<Set> whole1 = dot<Set, kNibbles>(r1, x);
+  sum0 += to_floats<Set::lanes>(whole0) * spread_scale<Set, SPLIT>(scale);
+  sum1 += to_floats<Set::lanes>(whole1) * spread_scale<Set, SPLIT>(scale + 8);
 }
 
 // Read line i of UNIT tiles.
@@ -164,8 +151,8 @@ AUTO_GPTQ_INLINE void read_lines(const Place& at,
 #pragma GCC unroll 2
   for (int t = 0; t < UNIT; ++t) {
     const uint32_t* from = at.rows + t * 128 * BITS;
-    if (BITS == 4 || i % 2) {
-      __builtin_prefetch(from + i * (BITS == 4 ? 16 : 8) + kAhead / 4, 0, 2);
+    if (i % 2) {
+      __builtin_prefetch(from + i * 8 + kFetched / 4, 0, 2);
     }
 #pragma GCC unroll 2
     for (int p = 0; p < P; ++p) {
@@ -182,7 +169,7 @@ AUTO_GPTQ_INLINE void add_line_of_bytes(
 #pragma GCC unroll 2
   for (int half = 0; half < 2; ++half) {
     const uint32_t* line = at.rows + half * 128 + i * 16;
-    __builtin_prefetch(line + kAhead / 4, 0, 2);
+    __builtin_prefetch(line + kFetched / 4, 0, 2);
     VW<Set> codes[P];
 #pragma GCC unroll 2
     for (int p = 0; p < P; ++p) {
@@ -374,11 +361,6 @@ AUTO_GPTQ_INLINE void add_sums(const Sums<Set, M>& own, int m, int64_t count, fl
     alignas(64) float sums[kRows];
     Set::add_lanes(lanes, sums);
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      const float factor = half && kBoth<Set, BITS> ? 1.0f / 16 : 1.0f;
-      store(sums + 8 * half, load<Floats<8>>(sums + 8 * half) * factor);
-    }
-#pragma GCC unroll 2
     for (int p = 0; p < kParts<Set>; ++p) {
       const VF<Set> added = load<VF<Set>>(sums + p * Set::lanes);
       float* to = y + i + p * Set::lanes;
@@ -396,7 +378,7 @@ void multiply_few(const Tiled& w, const Rounded& x, int64_t m, int64_t n, int64_
   Sums<Set, M> sums;
   std::memset(sums.lanes, 0, sizeof(sums.lanes));
   std::memset(sums.zeros, 0, sizeof(sums.zeros));
-  constexpr int64_t kStep = BITS == 8 ? kSpan / 2 : kSpan;  // lines of 8 bits would meet in the cache
+  constexpr int64_t kStep = BITS == 8 ? kTiles / 2 : kTiles;  // lines of 8 bits would meet in the cache
   for (int64_t t = 0; t < tiles; t += kStep) {
     const int64_t end = std::min(t + kStep, tiles);
     if (w.run < kSide) {

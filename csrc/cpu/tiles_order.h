@@ -38,8 +38,8 @@ struct Order {
   uint8_t input[4 * kSide];  // of each byte of x
 };
 
-// For few rows, words are as in the tile: [q][step], with 2 and 3 bits [i / 2][q][step / 2].  For
-// many rows, steps come one after another: [step][q], with 2 and 3 bits [step / 2][i / 2][q].
+// For few rows, words are as in the tile: with 2 and 3 bits [i / 2][q][step / 2].  For many rows, and
+// with 4 bits for any, steps come one after another: [step][q], with 2 and 3 bits [step / 2][i / 2][q].
 constexpr Order order_of(int bits, bool few) {
   Order order{};
   for (int at = 0; at < bytes_of_x(bits, few); ++at) {
@@ -54,8 +54,8 @@ constexpr Order order_of(int bits, bool few) {
       step = word / 32 * 2 + word / 2 % 2;
       i = word % 2 * 2 + byte / 2;
     } else {
-      q = few ? word / 4 : word % 4;
-      step = few ? word % 4 : word / 4;
+      q = word % 4;
+      step = word / 4;
       i = byte % 2 * 2 + byte / 2;  // 0, 2, 1, 3
     }
     const bool others = bits == 8 && few && byte % 2 != word / 16 % 2;

@@ -32,6 +32,11 @@ void place_of_code(int bits, int step, int i, int h, int& word, int& bit) {
   }
 }
 
+// Where the CPU holds a word of a lane with 4 bits, see formats/tiles.py.
+int64_t word_of_four(int row_tile, int lane, int step) {
+  return row_tile / 2 * 256 + (step * 4 + lane % 4) * 16 + row_tile % 2 * 8 + lane / 4;
+}
+
 // Call visit(word of the tile, its bit, the field's first bit and bits, input, output) for each
 // piece of each code.
 template <typename Visit>
@@ -50,7 +55,9 @@ AUTO_GPTQ_INLINE void for_codes(int bits, int run, const Visit& visit) {
             const int64_t first = plane.at + row_tile * 32 * plane.bits +
                                   word / vector * 32 * vector + word % vector;
             for (int lane = 0; lane < 32; ++lane) {
-              visit(first + lane * vector, bit, plane.first_bit, plane.bits,
+              const int64_t at =
+                  bits == 4 ? word_of_four(row_tile, lane, word) : first + lane * vector;
+              visit(at, bit, plane.first_bit, plane.bits,
                     place_of(run, step, lane % 4, i), row_tile * kRows + lane / 4 + 8 * h);
             }
           }

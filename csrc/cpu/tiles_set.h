@@ -4,7 +4,8 @@
 //
 //   lanes                      32-bit words in a vector
 //   rows_at_once               rows of x that share codes in registers, where there are many
-//   takes_bytes                whether dot<kNibbles> may be given any codes up to 255
+//   takes_bytes                whether multiply_eight multiplies whole bytes, or their high halves
+//   multiply_eight(c, x, d, s) add eight words of 4-bit tiles times rows of x, d bytes apart, to s
 //   dot<KIND>(c, h, l)         word by word, the sum of four products of bytes, over all vectors, of
 //                              unsigned codes and signed numbers 128 h + l; without l: of h
 //   dot_all<KIND>(c, x)        the sum over eight vectors c, each times one word of x

@@ -79,14 +79,11 @@ void unfold(const uint32_t* tile, int row_tile, uint32_t* to) {
   };
   Words<8> words[8], more[8];
   if constexpr (BITS == 4) {
-#pragma GCC unroll 2
-    for (int pair = 0; pair < 2; ++pair) {  // of q's
-      read_across_lines(tile + row_tile * 128 + 8 * pair, 16, words);
-#pragma GCC unroll 8
-      for (int c = 0; c < 8; ++c) {
-        const int q = 2 * pair + c / 4, step = c % 4;
-        put(step * 4 + q, words[c] & 0x0f0f0f0f, words[c] >> 4 & 0x0f0f0f0f);
-      }
+    const uint32_t* from = tile + row_tile / 2 * 256 + row_tile % 2 * 8;
+#pragma GCC unroll 4
+    for (int word = 0; word < 16; ++word) {
+      const Words<8> both = load<Words<8>>(from + word * 16);
+      put(word, both & 0x0f0f0f0f, both >> 4 & 0x0f0f0f0f);
     }
   } else if constexpr (BITS == 8) {
 #pragma GCC unroll 4

@@ -12,6 +12,8 @@ from auto_gptq.formats.gptq import GPTQTensors, group_count, trivial_g_idx, unpa
 from auto_gptq.formats.tiles import (
     find_obstacle,
     from_tiles,
+    order_for_cpu,
+    order_for_lanes,
     pad,
     run_length,
     sort_groups,
@@ -69,7 +71,12 @@ def test_a_lane_holds_the_codes_that_a_tensor_core_wants(bits: int, run: int) ->
     k, n = 128, 64
     qweight = random_words(k // 32 * bits, n)
     codes = unpack_codes(qweight, bits).numpy()
-    tiles = tile_codes(qweight, None, bits, run).numpy().astype(np.uint32)
+    tiled = tile_codes(qweight, None, bits, run)
+    if bits == 4:
+        lanes = order_for_lanes(tiled)
+        assert torch.equal(order_for_cpu(lanes), tiled)
+        tiled = lanes
+    tiles = tiled.numpy().astype(np.uint32)
     random = np.random.default_rng(run)
     for _ in range(200):
         k_tile, row_tile, lane, s, i, h = (int(random.integers(x)) for x in (2, 4, 32, 4, 4, 2))
@@ -90,6 +97,19 @@ def test_a_lane_holds_the_codes_that_a_tensor_core_wants(bits: int, run: int) ->
         q, steps = lane % 4, run // 16
         at = k_tile * 64 + s // steps * run + q * run // 4 + s % steps * 4 + i
         assert code == codes[at, row_tile * 16 + h * 8 + lane // 4]
+
+
+def test_a_vector_of_the_cpu_holds_four_inputs_of_many_outputs() -> None:
+    qweight = random_words(16, 128)
+    codes = unpack_codes(qweight, 4)
+    tiles = tile_codes(qweight, None, 4, 32).view(torch.uint8).view(2, 2, 2, 4, 4, 16, 4)
+    for n_tile, k_tile, pair, step, q, line, byte in torch.cartesian_prod(
+        *(torch.arange(size) for size in (2, 2, 2, 4, 4, 16, 4))
+    )[::7].tolist():
+        both = int(tiles[n_tile, k_tile, pair, step, q, line, byte])
+        k = k_tile * 64 + step // 2 * 32 + q * 8 + step % 2 * 4 + byte % 2 * 2 + byte // 2
+        n = n_tile * 64 + pair * 32 + line // 8 * 16 + line % 8
+        assert (both & 15, both >> 4) == (codes[k, n], codes[k, n + 8])
 
 
 @pytest.mark.parametrize(

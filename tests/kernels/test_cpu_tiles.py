@@ -125,16 +125,17 @@ def test_outliers_cost_only_their_neighbours() -> None:
 
 
 def test_outliers_in_one_byte_cost_only_few_neighbours() -> None:
-    """A few rows share a scale among 128 inputs, but not how far each word is shifted."""
-    _, tiled = random_weight(4, 128, 512, 64, CPU)
-    settings = 4, 128, 512, 64
+    """With 2 and 3 bits few rows share a scale among 128 inputs, but not the shift of each word."""
     x = torch.randn(3, 512)
     x[:, 3] = 100.0
     rest = x.clone()
     rest[:, 3] = 0
-    weight = reference.dequantize_tiles(*operands(tiled), *settings, torch.float32)
-    others = OPS.q_matmul_int8(x, *operands(tiled), None, *settings) - x[:, 3:4] * weight[:, 3]
-    assert relative_error(others, exact(rest, tiled, settings, None)) < 2 * ONE_BYTE
+    for bits in (2, 3, 4):
+        _, tiled = random_weight(bits, 128, 512, 64, CPU)
+        settings = bits, 128, 512, 64
+        weight = reference.dequantize_tiles(*operands(tiled), *settings, torch.float32)
+        others = OPS.q_matmul_int8(x, *operands(tiled), None, *settings) - x[:, 3:4] * weight[:, 3]
+        assert relative_error(others, exact(rest, tiled, settings, None)) < 2 * ONE_BYTE
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -201,6 +202,8 @@ def test_every_instruction_set_gives_the_product(
     library = ctypes.CDLL(str(native._LIBRARY))
     if isa > library.auto_gptq_cpu_best_isa():
         pytest.skip("this machine lacks the instructions")
+    if few and bits == 4:
+        pytest.skip("4 bits have one way for all rows")
     k, n, m = 288, 96, 9
     _, tiled = random_weight(bits, group_size, k, n, CPU, act_order=True)
     settings = bits, group_size, k, n

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 import torch
+from torch import Tensor
 
-from auto_gptq.formats.tiles import TileTensors, to_tiles
+from auto_gptq.formats.tiles import TileTensors, order_for_lanes, to_tiles
 from auto_gptq.kernels import reference
 from auto_gptq.nn_modules.qlinear import QuantLinear
 
@@ -44,6 +45,12 @@ def weight(
     return to_tiles(layer.packed(), bits, layer.group_size, 0), settings
 
 
+def in_order_of_lanes(tiled: TileTensors, bits: int) -> list[Tensor | None]:
+    """Give the tensors as they would lie on a GPU."""
+    tiles = order_for_lanes(tiled.tiles) if bits == 4 and DEVICE.type == "cpu" else tiled.tiles
+    return [tiles, tiled.scales, tiled.zeros, tiled.perm]
+
+
 CASES = [
     (64, True, True, (256, 128)),
     (32, False, True, (192, 96)),
@@ -59,8 +66,8 @@ def test_triton_agrees_with_plain_torch(
     bits: int, group_size: int, sym: bool, ordered: bool, shape: tuple[int, int]
 ) -> None:
     tiled, settings = weight(bits, group_size, sym, ordered, shape)
-    tensors = tiled.tiles, tiled.scales, tiled.zeros, tiled.perm
-    dense = reference.dequantize_tiles(*tensors, *settings, torch.float32)
+    dense = reference.dequantize_tiles(*vars(tiled).values(), *settings, torch.float32)
+    tensors = in_order_of_lanes(tiled, bits)
     assert torch.equal(triton_ops.dequantize_tiles(*tensors, *settings, torch.float32), dense)
     bias = torch.randn(shape[1], device=DEVICE)
     for rows in (1, 2, 3, 20, 70):
@@ -73,8 +80,8 @@ def test_triton_agrees_with_plain_torch(
 @pytest.mark.parametrize("rows", [1, 5, 33])
 def test_activations_of_any_shape_and_half_precision(rows: int) -> None:
     tiled, settings = weight(4, 64, True, True, (256, 128))
-    tensors = tiled.tiles, tiled.scales, tiled.zeros, tiled.perm
-    dense = reference.dequantize_tiles(*tensors, *settings, torch.float64)
+    dense = reference.dequantize_tiles(*vars(tiled).values(), *settings, torch.float64)
+    tensors = in_order_of_lanes(tiled, 4)
     x = torch.randn(256, rows, 2, device=DEVICE, dtype=torch.float16).permute(1, 2, 0)
     found = triton_ops.q_matmul(x, *tensors, None, *settings)
     assert found.shape == (rows, 2, 128) and found.dtype == torch.float16
