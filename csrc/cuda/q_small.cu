@@ -32,13 +32,13 @@ constexpr Row kTable[] = {
     {2, 8, 9, 16, 8192, kAny, {2, 8, true}},  {2, 8, 9, 16, 16384, kAny, {2, 4, true}},
     {2, 8, 9, 16, kAny, kAny, {4, 4, true}},  {8, 8, 1, 8, 2048, kAny, {1, 8, false}},
     {2, 4, 1, 8, 2048, kAny, {1, 16, false}}, {4, 4, 1, 1, 4096, 4096, {4, 16, false}},
-    {2, 2, 1, 8, 4096, 4096, {2, 16, true}},  {2, 8, 1, 8, 4096, 12288, {2, 12, true}},
-    {2, 3, 1, 8, 4096, kAny, {2, 12, true}},  {4, 8, 1, 8, 4096, kAny, {2, 16, true}},
-    {4, 4, 1, 8, 8192, kAny, {4, 16, true}},  {8, 8, 1, 8, kAny, kAny, {4, 12, true}},
-    {2, 4, 1, 8, kAny, kAny, {4, 8, true}},
+    {2, 2, 1, 8, 4096, 4096, {2, 16, true}},  {3, 3, 1, 8, 4096, 4096, {2, 8, true}},
+    {2, 8, 1, 8, 4096, 12288, {2, 12, true}}, {2, 2, 1, 8, 4096, kAny, {2, 12, true}},
+    {3, 8, 1, 8, 4096, kAny, {2, 16, true}},  {4, 4, 1, 8, 8192, kAny, {4, 16, true}},
+    {8, 8, 1, 8, kAny, kAny, {4, 12, true}},  {2, 4, 1, 8, kAny, kAny, {4, 8, true}},
 };
-// Groups of 16 want more warps that decode; x out of order wants few blocks that sort it.
-constexpr SmallConfig kSmallGroups{2, 16, false}, kOutOfOrder{4, 16, false},
+// Small groups want more warps that decode; x out of order wants few blocks that sort it.
+constexpr SmallConfig kSmallGroups{2, 16, true}, kOutOfOrder{4, 16, false},
     kManyOutOfOrder{4, 8, false};
 
 // Whether every block brings x into order for itself: a kernel of its own for that costs more than
@@ -53,7 +53,7 @@ SmallConfig choose(const Product& product) {
   if (weight.perm) {
     return weight.n <= 8192 ? kOutOfOrder : kManyOutOfOrder;
   }
-  if (weight.run == 16) {
+  if (weight.run == 16 || (weight.run == 32 && weight.n <= 4096)) {
     return kSmallGroups;
   }
   const auto fits = [&](const Row& row) {

@@ -31,25 +31,24 @@ struct SmallKernel : SmallBlock<BITS, T, NT, RW, WN> {
   static constexpr int kPitch = kTiles * 128 + 16;
   static constexpr int kParts = NT == 1 ? kTiles : 1;  // sums that do not wait for each other
 
-  // Shared memory of one stage of one warp: codes, x if the ring brings it, scales, zeros.
+  // Shared memory of one stage of one warp: codes, x, scales, zeros.
   __host__ __device__ static int stage_bytes(int m, int scale_bytes, bool zeros) {
     return x_end(m) + kGrids * 16 * RW * (scale_bytes + (zeros ? 1 : 0));
   }
-  __host__ __device__ static int x_end(int m) { return kWeightBytes + (X == kRing ? m * kPitch : 0); }
-  // And of a warp: the ring, and two units of x where it sorts x.
-  __host__ __device__ static int warp_bytes(int stage, int m) {
-    return STAGES * stage + (X == kByPerm ? 2 * m * kPitch : 0);
+  __host__ __device__ static int x_end(int m) {
+    const int perm = X == kByPerm ? kTiles * kSide * 4 : 0;
+    return kWeightBytes + (X == kRegisters ? 0 : perm > m * kPitch ? perm : m * kPitch);
   }
 
   const int bytes, grid_at;  // of a stage, and where its scales begin
-  int x_at;                  // where this lane's part of a unit of x begins
+  int x_at;                  // where this lane's part of x begins in a stage
 
   __device__ SmallKernel(const Small& task, char* shared)
       : Block(task, shared),
         bytes(stage_bytes(task.m, task.scale_bytes, task.zeros != nullptr)),
         grid_at(x_end(task.m)) {
     // Rows beyond M only reach columns that nobody writes.
-    x_at = min(lane / 4, task.m - 1) * kPitch + (kGrids > 1 ? 0 : lane % 4 * 32);
+    x_at = kWeightBytes + min(lane / 4, task.m - 1) * kPitch + (kGrids > 1 ? 0 : lane % 4 * 32);
   }
 
   // What a lane copies of the next unit, in pieces of 16 bytes: codes, x, and at most one piece of
@@ -162,11 +161,12 @@ struct SmallKernel : SmallBlock<BITS, T, NT, RW, WN> {
     s.place += kTiles * kSide;
   }
 
-  // Which inputs are at this lane's four places of a unit.
-  __device__ __forceinline__ int4 places_of(int unit) const {
+  // Copy the perm of a unit to where its x is going to be.
+  __device__ __forceinline__ void copy_perm(int unit, uint32_t to) const {
     const int place = unit * (kTiles * kSide) + 4 * lane;
-    const bool exists = lane < kTiles * kSide / 4 && place < p.k;
-    return exists ? *reinterpret_cast<const int4*>(p.perm + place) : make_int4(0, 0, 0, 0);
+    if (kTiles == 2 || lane < kSide / 4) {
+      copy_or_clear(to + kWeightBytes + 16 * lane, p.perm + place, place < p.k);
+    }
   }
 
   // Bring all of x, as it is, into shared memory.
@@ -180,19 +180,26 @@ struct SmallKernel : SmallBlock<BITS, T, NT, RW, WN> {
     __syncthreads();
   }
 
-  // Put x of a unit into the order of the tiles.
-  __device__ __forceinline__ void sort_x(int unit, const int4& from, char* to) const {
-    if (lane >= kTiles * kSide / 4) {
-      return;
+  // Put x of a unit, in the order of the tiles, where its perm is.
+  __device__ __forceinline__ void sort_x(int unit, char* stage) const {
+    const bool takes_part = kTiles == 2 || lane < kSide / 4;
+    char* const to = stage + kWeightBytes;
+    int4 from = make_int4(0, 0, 0, 0);
+    if (takes_part) {
+      from = reinterpret_cast<const int4*>(to)[lane];
     }
+    __syncwarp();
     const bool exists = unit * (kTiles * kSide) + 4 * lane < p.k;
     for (int row = 0; row < p.m; ++row) {
       const uint16_t* x = reinterpret_cast<const uint16_t*>(memory + p.x_at) + row * p.k;
-      const uint32_t low = x[from.x] | static_cast<uint32_t>(x[from.y]) << 16;
-      const uint32_t high = x[from.z] | static_cast<uint32_t>(x[from.w]) << 16;
-      reinterpret_cast<uint2*>(to + row * kPitch)[lane] =
-          exists ? make_uint2(low, high) : make_uint2(0, 0);
+      if (takes_part) {
+        const uint32_t low = x[from.x] | static_cast<uint32_t>(x[from.y]) << 16;
+        const uint32_t high = x[from.z] | static_cast<uint32_t>(x[from.w]) << 16;
+        reinterpret_cast<uint2*>(to + row * kPitch)[lane] =
+            exists ? make_uint2(low, high) : make_uint2(0, 0);
+      }
     }
+    __syncwarp();
   }
 
   using Sums = float[kParts][RW][NT][4];
@@ -257,14 +264,14 @@ struct SmallKernel : SmallBlock<BITS, T, NT, RW, WN> {
     return p.scale_type == kFloat16 ? half : __uint_as_float(bits << p.scale_shift);
   }
 
-  __device__ __forceinline__ void read_x(Operands& b, const char* unit, int tile) const {
+  __device__ __forceinline__ void read_x(Operands& b, const char* stage, int tile) const {
 #pragma unroll
     for (int t = 0; t < NT; ++t) {
       int at = x_at;
       if (t == 1) {
         at += (min(8 + lane / 4, p.m - 1) - lane / 4) * kPitch;
       }
-      const char* x = unit + at + tile * 128;
+      const char* x = stage + at + tile * 128;
       if constexpr (UNIT == kHalves) {
         const uint4* from = reinterpret_cast<const uint4*>(x) + lane % 4;
         const uint4 u = from[0], v = from[4];
@@ -351,20 +358,16 @@ struct SmallKernel : SmallBlock<BITS, T, NT, RW, WN> {
     for (int i = 0; i < STAGES; ++i) {
       if (first + i < last) {
         copy_weight(from, first + i, begin + i * bytes);
+        if constexpr (X == kByPerm) {
+          copy_perm(first + i, begin + i * bytes);
+        }
       }
       end_group();
     }
     Operands held[kTiles];
-    int4 places = make_int4(0, 0, 0, 0), next_places = places;
-    char *sorted = ring + STAGES * bytes, *next_sorted = sorted + p.m * kPitch;
-    if constexpr (X == kByPerm) {
-      places = places_of(first);
-      next_places = places_of(first + 1);
-    }
     wait_for_previous_kernel();
     if constexpr (X == kByPerm) {
       keep_x();
-      sort_x(first, places, sorted);
     } else if constexpr (X == kRegisters) {
       load_unit(held, first, last);
     } else {
@@ -386,9 +389,7 @@ struct SmallKernel : SmallBlock<BITS, T, NT, RW, WN> {
       wait_for_groups<STAGES - 1>();
       __syncwarp();
       if constexpr (X == kByPerm) {
-        places = next_places;
-        next_places = places_of(unit + 2);
-        sort_x(unit + 1, places, next_sorted);
+        sort_x(unit, stage);
       }
       Sums sum = {};
       SumsOfX sums_of_x = {};
@@ -399,7 +400,7 @@ struct SmallKernel : SmallBlock<BITS, T, NT, RW, WN> {
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         if constexpr (X != kRegisters) {
-          read_x(held[tile], X == kByPerm ? sorted : stage + kWeightBytes, tile);
+          read_x(held[tile], stage, tile);
         }
         multiply(total, sum, sums_of_x, held[tile], stage, tile);
         if constexpr (X == kRegisters && NT == 2) {
@@ -419,12 +420,11 @@ struct SmallKernel : SmallBlock<BITS, T, NT, RW, WN> {
         copy_weight(from, unit + STAGES, slot);
         if constexpr (X == kRing) {
           copy_x(from, slot);
+        } else if constexpr (X == kByPerm) {
+          copy_perm(unit + STAGES, slot);
         }
       }
       end_group();
-      char* const read = sorted;
-      sorted = next_sorted;
-      next_sorted = read;
       slot += bytes;
       stage += bytes;
       if (slot == end) {

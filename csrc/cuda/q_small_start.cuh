@@ -69,7 +69,7 @@ const char* start_small_as(const Product& product, SmallConfig config, cudaStrea
   set_groups(task, product.weight.group_size / (UNIT == kPair ? 128 : task.run));
   const int stage = Kernel::stage_bytes(task.m, task.scale_bytes, task.zeros != nullptr);
   const int partial = RW * NT * 512;
-  task.warp_bytes = std::max(Kernel::warp_bytes(stage, task.m), partial);
+  task.warp_bytes = std::max(STAGES * stage, partial);
   const int kept = X == kByPerm ? 2 * task.m * task.k : 0;
   const Device& device = current_device();
   while (warps > WN && warps * task.warp_bytes + kept > device.shared_bytes) {
@@ -85,9 +85,9 @@ template <int BITS, typename T, Unit UNIT>
 const char* start_small(const Product& product, SmallConfig config, cudaStream_t stream) {
   // A lane copies one piece of the scales: too few for 64 outputs with 4 grids in fp32.
   constexpr int kMostTiles = UNIT == kSteps ? 2 : 4;
-  // Of 64 outputs: with 8 bits there is room for three only if they are of one tile.
-  constexpr int kStages = BITS == 2 || UNIT != kPair ? 3 : 2;
-  constexpr int kStagesOf32 = BITS < 4 ? 6 - BITS : 2;  // where the ring does not bring x
+  // Of 64 outputs, and of 32 where the ring does not bring x: more are slower, but for small units.
+  constexpr int kStages = BITS == 2 || UNIT == kTile ? 3 : 2;
+  constexpr int kStagesOf32 = BITS == 2 ? 4 : UNIT == kHalves ? 3 : 2;
   const bool wide = config.row_tiles == 4;
   if (product.weight.perm) {
     return start_small_as<BITS, T, 1, kMostTiles, 1, kStages, UNIT, kByPerm>(product, config, stream);
