@@ -28,17 +28,17 @@ constexpr int64_t kAny = INT64_MAX;
 // finely, and more warps share out the inputs.  Where the outputs are many, blocks wait for each
 // other less if they are small and leave the cache to x.
 constexpr Row kTable[] = {
-    {2, 8, 9, 16, 4096, kAny, {2, 16, true}}, {8, 8, 9, 16, 8192, kAny, {2, 16, true}},
+    {2, 8, 9, 16, 4096, 8192, {2, 8, true}},  {2, 8, 9, 16, 4096, kAny, {2, 12, true}},
     {2, 8, 9, 16, 8192, kAny, {2, 8, true}},  {2, 8, 9, 16, 16384, kAny, {2, 4, true}},
     {2, 8, 9, 16, kAny, kAny, {4, 4, true}},  {8, 8, 1, 8, 2048, kAny, {1, 8, false}},
-    {8, 8, 1, 8, 4096, 4096, {2, 12, true}},  {8, 8, 1, 8, kAny, kAny, {4, 16, false}},
     {2, 4, 1, 8, 2048, kAny, {1, 16, false}}, {4, 4, 1, 1, 4096, 4096, {4, 16, false}},
-    {4, 4, 2, 8, 4096, 4096, {2, 8, true}},   {2, 3, 1, 8, 4096, 4096, {2, 16, true}},
-    {2, 4, 1, 8, 4096, kAny, {2, 12, true}},  {4, 4, 1, 8, 8192, kAny, {4, 16, true}},
-    {2, 4, 1, 8, kAny, kAny, {4, 8, true}},
+    {2, 2, 1, 8, 4096, 4096, {2, 16, true}},  {3, 3, 1, 8, 4096, 4096, {2, 8, true}},
+    {2, 8, 1, 8, 4096, 12288, {2, 12, true}}, {2, 2, 1, 8, 4096, kAny, {2, 12, true}},
+    {3, 8, 1, 8, 4096, kAny, {2, 16, true}},  {4, 4, 1, 8, 8192, kAny, {4, 16, true}},
+    {8, 8, 1, 8, kAny, kAny, {4, 12, true}},  {2, 4, 1, 8, kAny, kAny, {4, 8, true}},
 };
 // Small groups want more warps that decode; x out of order wants few blocks that sort it.
-constexpr SmallConfig kSmallGroups{2, 16, false}, kOutOfOrder{4, 16, false},
+constexpr SmallConfig kSmallGroups{2, 16, true}, kOutOfOrder{4, 16, false},
     kManyOutOfOrder{4, 8, false};
 
 // Whether every block brings x into order for itself: a kernel of its own for that costs more than
@@ -53,7 +53,7 @@ SmallConfig choose(const Product& product) {
   if (weight.perm) {
     return weight.n <= 8192 ? kOutOfOrder : kManyOutOfOrder;
   }
-  if (weight.run != 64) {
+  if (weight.run == 16 || (weight.run == 32 && weight.n <= 4096)) {
     return kSmallGroups;
   }
   const auto fits = [&](const Row& row) {

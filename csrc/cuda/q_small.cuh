@@ -20,10 +20,11 @@ struct SmallKernel : SmallBlock<BITS, T, NT, RW, WN> {
   using Block = SmallBlock<BITS, T, NT, RW, WN>;
   using typename Block::Operands, typename Block::SumsOfX;
   using Block::p, Block::lane, Block::first_row, Block::memory, Block::ring;
-  using Block::group_of, Block::load_x, Block::own_rows, Block::put;
+  using Block::group_of, Block::own_rows, Block::put;
   static constexpr int kTiles = UNIT == kPair ? 2 : 1;  // of a unit
   static constexpr int kGrids = UNIT == kSteps ? 4 : UNIT == kHalves ? 2 : 1;
   static constexpr int kStepsOfGrid = 4 / kGrids;  // where a tile has several
+  static constexpr int kRun = kSide / kGrids;
   static constexpr int kTileBytes = RW * 128 * BITS;
   static constexpr int kWeightBytes = kTiles * kTileBytes;
   // Rows of x lie 16 bytes apart modulo 128, so that the 8 rows of a fragment meet no bank twice.
@@ -336,7 +337,7 @@ struct SmallKernel : SmallBlock<BITS, T, NT, RW, WN> {
     if (unit < last) {
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        load_x(x[tile], unit * kTiles + tile);
+        Block::template load_x<kRun>(x[tile], unit * kTiles + tile);
       }
     }
   }
@@ -404,7 +405,7 @@ struct SmallKernel : SmallBlock<BITS, T, NT, RW, WN> {
         multiply(total, sum, sums_of_x, held[tile], stage, tile);
         if constexpr (X == kRegisters && NT == 2) {
           if (unit + 1 < last) {
-            load_x(held[tile], (unit + 1) * kTiles + tile);
+            Block::template load_x<kRun>(held[tile], (unit + 1) * kTiles + tile);
           }
         }
       }

@@ -33,14 +33,15 @@ struct SmallBlock {
 
   using Operands = uint32_t[NT][8];  // the B operands of a tile's four steps
 
-  // From global memory.
+  // From global memory; 32 or 64 inputs of a tile share a scale.
+  template <int RUN>
   __device__ __forceinline__ void load_x(Operands& b, int tile) const {
 #pragma unroll
     for (int t = 0; t < NT; ++t) {
       const int row = min(8 * t + lane / 4, p.m - 1);
-      const T* x = static_cast<const T*>(p.x) + (row * p.k + tile * kSide + lane % 4 * 16);
+      const T* x = static_cast<const T*>(p.x) + (row * p.k + tile * kSide + lane % 4 * (RUN / 4));
       const uint4 u = reinterpret_cast<const uint4*>(x)[0],
-                  v = reinterpret_cast<const uint4*>(x)[1];
+                  v = reinterpret_cast<const uint4*>(x)[RUN == 64 ? 1 : 4];
       b[t][0] = u.x, b[t][1] = u.y, b[t][2] = u.z, b[t][3] = u.w;
       b[t][4] = v.x, b[t][5] = v.y, b[t][6] = v.z, b[t][7] = v.w;
     }

@@ -69,7 +69,7 @@ const char* start_small_as(const Product& product, SmallConfig config, cudaStrea
   set_groups(task, product.weight.group_size / (UNIT == kPair ? 128 : task.run));
   const int stage = Kernel::stage_bytes(task.m, task.scale_bytes, task.zeros != nullptr);
   const int partial = RW * NT * 512;
-  task.warp_bytes = STAGES * stage > partial ? STAGES * stage : partial;
+  task.warp_bytes = std::max(STAGES * stage, partial);
   const int kept = X == kByPerm ? 2 * task.m * task.k : 0;
   const Device& device = current_device();
   while (warps > WN && warps * task.warp_bytes + kept > device.shared_bytes) {
@@ -80,34 +80,34 @@ const char* start_small_as(const Product& product, SmallConfig config, cudaStrea
                       task.scale_stride / (16 * RW * WN), warps, task.x_at + kept, stream);
 }
 
+// Instances are named by the outputs of a warp, the warps side by side, and the stages of the ring.
 template <int BITS, typename T, Unit UNIT>
 const char* start_small(const Product& product, SmallConfig config, cudaStream_t stream) {
-  constexpr int kStages = BITS < 3 || UNIT == kTile ? 3 : 2;  // of 64 outputs
-  constexpr int kLoadedStages = BITS < 4 ? 4 : 3;             // of 32, if x does not take any
   // A lane copies one piece of the scales: too few for 64 outputs with 4 grids in fp32.
   constexpr int kMostTiles = UNIT == kSteps ? 2 : 4;
+  // Of 64 outputs, and of 32 where the ring does not bring x: more are slower, but for small units.
+  constexpr int kStages = BITS == 2 || UNIT == kTile ? 3 : 2;
+  constexpr int kStagesOf32 = BITS == 2 ? 4 : UNIT == kHalves ? 3 : 2;
+  const bool wide = config.row_tiles == 4;
   if (product.weight.perm) {
     return start_small_as<BITS, T, 1, kMostTiles, 1, kStages, UNIT, kByPerm>(product, config, stream);
   }
-  if constexpr (UNIT == kPair) {
-    if (config.loads && product.weight.k % 128 == 0) {
+  if constexpr (UNIT == kPair || UNIT == kHalves) {
+    if (config.loads && product.weight.k % (UNIT == kPair ? 128 : 64) == 0) {
       if (product.m > 8) {
-        return config.row_tiles == 4
-                   ? start_small_as<BITS, T, 2, 2, 2, 3, UNIT, kRegisters>(product, config, stream)
-                   : start_small_as<BITS, T, 2, 2, 1, 2, UNIT, kRegisters>(product, config, stream);
+        return wide ? start_small_as<BITS, T, 2, 2, 2, 2, UNIT, kRegisters>(product, config, stream)
+                    : start_small_as<BITS, T, 2, 2, 1, 2, UNIT, kRegisters>(product, config, stream);
       }
-      return config.row_tiles == 4
-                 ? start_small_as<BITS, T, 1, 4, 1, kStages, UNIT, kRegisters>(product, config, stream)
-                 : start_small_as<BITS, T, 1, 2, 1, kLoadedStages, UNIT, kRegisters>(product, config,
-                                                                                  stream);
+      return wide ? start_small_as<BITS, T, 1, 4, 1, kStages, UNIT, kRegisters>(product, config, stream)
+                  : start_small_as<BITS, T, 1, 2, 1, kStagesOf32, UNIT, kRegisters>(product, config,
+                                                                                    stream);
     }
   }
   if (product.m > 8) {
-    SmallConfig eight = config;
-    eight.warps = 8;
-    return start_small_as<BITS, T, 2, 2, 1, 3, UNIT, kRing>(product, eight, stream);
+    config.warps = 8;
+    return start_small_as<BITS, T, 2, 2, 1, 3, UNIT, kRing>(product, config, stream);
   }
-  if (config.row_tiles == 4) {
+  if (wide) {
     return start_small_as<BITS, T, 1, kMostTiles, 1, kStages, UNIT, kRing>(product, config, stream);
   }
   return config.row_tiles == 1
@@ -124,11 +124,9 @@ const char* start_small(const Product& product, SmallConfig config, cudaStream_t
   if (weight.run == 32) {
     return start_small<BITS, T, kHalves>(product, config, stream);
   }
-  // With 8 bits a pair of tiles would be too much for three stages of 64 outputs.
   const bool paired = weight.group_size % 128 == 0 && (weight.k + kSide - 1) / kSide % 2 == 0;
-  const bool large = BITS == 8 && config.row_tiles == 4;
-  return paired && !large ? start_small<BITS, T, kPair>(product, config, stream)
-                          : start_small<BITS, T, kTile>(product, config, stream);
+  return paired ? start_small<BITS, T, kPair>(product, config, stream)
+                : start_small<BITS, T, kTile>(product, config, stream);
 }
 
 }  // namespace auto_gptq

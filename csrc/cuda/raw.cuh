@@ -46,22 +46,40 @@ struct Raw {
       }
     } else {
       const int word = step / 2, odd = step % 2;
-      const uint32_t first = codes.word[word] >> (8 * odd), second = first >> 4;
+      const uint32_t low = codes.word[word] >> (8 * odd);
       if constexpr (BITS == 2) {
-        a[0] = field(first, 0x00030003);
-        a[1] = field(first, 0x000c000c);
+        const uint32_t second = low >> 4;
+        a[0] = field(low, 0x00030003);
+        a[1] = field(low, 0x000c000c);
         a[2] = field(second, 0x00030003);
         a[3] = field(second, 0x000c000c);
       } else {
-        const uint32_t high = codes.word[2];
-        const uint32_t upper01 = high >> (8 * word + odd), upper2 = high >> (8 * word + 4 + odd);
-        const uint32_t upper3 = word ? high << (4 - odd) : upper2;
-        a[0] = masked_or(first, 0x00030003, field(upper01, 0x00040004));
-        a[1] = masked_or(first, 0x000c000c, field(upper01, 0x00100010));
-        a[2] = masked_or(second, 0x00030003, field(upper2, 0x00040004));
-        a[3] = masked_or(second, 0x000c000c, field(upper3, 0x00100010));
+        const uint32_t plane = codes.word[2], high = plane >> (8 * word + odd);
+        const uint32_t wrapped = word ? plane << (8 - odd) : high;
+        if constexpr (kIsHalf) {
+          split(masked_or(low, 0x00330033, high & 0x00440044), 0x00070007, a[0], a[2]);
+          const uint32_t upper = word ? masked_or(wrapped, 0x01000100, high & 0x00100010)
+                                      : high & 0x01100110;
+          split(masked_or(low, 0x00cc00cc, upper), 0x001c001c, a[1], a[3]);
+        } else {
+          a[0] = masked_or(low, 0x00030003, field(high, 0x00040004));
+          a[1] = masked_or(low, 0x000c000c, field(high, 0x00100010));
+          a[2] = masked_or(low >> 4, 0x00030003, field(high >> 4, 0x00040004));
+          a[3] = masked_or(low >> 4, 0x000c000c, field(wrapped >> 4, 0x00100010));
+        }
       }
     }
+  }
+
+  // Two codes, of which one is 16 times the other's unit, as two numbers of one unit.  Differences of
+  // subnormal numbers are exact, and leave shifts and masks, which wait for each other, alone.
+  __device__ __forceinline__ static void split(uint32_t both,
+                                               uint32_t mask,
+                                               uint32_t& lower,
+                                               uint32_t& upper) {
+    lower = both & mask;
+    const uint32_t difference = Pairs<T>::fma(lower, Pairs<T>::constant(-1.0f), both);
+    upper = Pairs<T>::fma(difference, Pairs<T>::constant(1.0f / 16), 0);
   }
 };
 

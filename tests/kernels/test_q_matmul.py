@@ -141,7 +141,8 @@ def test_unequal_devices_and_shapes_are_refused_by_name(device: torch.device) ->
 @pytest.mark.parametrize("m", [1, 6, 16])
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(
-    ("k", "n"), [(2048, 1024), (4096, 4096), (14336, 4096), (1024, 8192), (1024, 14336)]
+    ("k", "n"),
+    [(2048, 1024), (4096, 4096), (14336, 4096), (1024, 8192), (1024, 14336), (1024, 20480)],
 )
 def test_every_row_of_the_table_of_shapes(k: int, n: int, bits: int, m: int) -> None:
     device, settings = torch.device("cuda"), (bits, 128, k, n)
