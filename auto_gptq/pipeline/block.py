@@ -22,7 +22,7 @@ from ..quantization.hessian import Hessian, Pull
 from ..quantization.precision import tensor_cores
 from ..quantization.solver import Solution, SolverOptions, by_parts, is_finite
 from .careful import solve_carefully
-from .exact import Exact, gap_before
+from .exact import Exact
 from .ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -259,7 +259,7 @@ class _Collector:
         self._is_exact = False
 
     def run(self, block: nn.Module, hidden: Tensor, call: BlockCall) -> None:
-        self._waiting, self._residual = set(self.seen), hidden
+        self._waiting, self._residual = set(self.seen), hidden if self._exact else None
         self._tokens = hidden.shape[:-1].numel()
         with suppress(_AllSeen):
             run_block(block, hidden, call, self.keep)
@@ -268,9 +268,9 @@ class _Collector:
         self._exact.clear()
 
     def written(self, output: Tensor) -> None:
-        """Follow the residual stream."""
-        assert self._residual is not None
-        self._residual = self._residual + output.reshape_as(self._residual)
+        """Follow the residual stream, if it is to be compared."""
+        if self._residual is not None:
+            self._residual = self._residual + output.reshape_as(self._residual)
 
     def _hook(self, name: str) -> Any:
         def note(_linear: nn.Module, args: Sequence[Tensor]) -> None:
@@ -293,9 +293,10 @@ class _Collector:
         for sharing in self.sharing:
             if sharing.names[0] == name:
                 noted, residual = self._exact.get(name, (None, None))
-                exact = self.exact.matching(name, noted, x, self._tokens)
-                gap = None if exact is None else gap_before(residual, self._residual, x)
-                sharing.hessian.add(x, kept_tokens(self.keep, x), exact, gap)
+                wanted, lack = self.exact.compare(
+                    name, x, self._residual, noted, residual, self._tokens
+                )
+                sharing.hessian.add(x, kept_tokens(self.keep, x), wanted, lack)
 
     def _assign(self, name: str, x: Tensor) -> None:
         """Find the linears that read the very same tensor; their inputs are kept alive for that."""

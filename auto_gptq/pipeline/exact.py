@@ -7,6 +7,7 @@ in both ways, with the weights exchanged in between.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.capture import BlockCall
+from ..nn_modules.qlinear.linear import dense_weight
 from ..nn_modules.unfused import find_unfused
 
 _LOOKED_AT = 1 << 20  # numbers of each tensor that are compared
@@ -33,6 +35,7 @@ class Exact:
     ) -> None:
         self.writers = writers
         self._block = block
+        self._linears = linears
         self._experts = tuple(f"{name}." for name in find_unfused(block))
         self._kept: list[tuple[nn.Module, Tensor]] = [
             (linear, _data(linear).clone()) for linear in linears.values()
@@ -59,6 +62,29 @@ class Exact:
             return None
         return None if name.startswith(self._experts) else exact
 
+    def compare(
+        self,
+        name: str,
+        x: Tensor,  # [..., K] inputs of a linear that is not solved yet
+        residual: Tensor | None,  # [B, T, hidden] the residual stream before it, if it writes to it
+        exact: Tensor | None,  # the same two in the full-precision model, if it is known
+        exact_residual: Tensor | None,
+        tokens: int,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Give a linear's full-precision input, or else what all its outputs lack.
+
+        The outputs of one that writes to the residual stream lack what they would be on the
+        full-precision input, and besides how far the streams before it are apart.
+        """
+        wanted = self.matching(name, exact, x, tokens)
+        if wanted is None or name not in self.writers:
+            return wanted, None
+        assert residual is not None and exact_residual is not None
+        weight = dense_weight(self._linears[name])
+        apart = (exact_residual - residual).to(x.dtype).reshape(-1, len(weight))
+        lack = torch.addmm(apart, (wanted - x).reshape(-1, x.shape[-1]), weight.t())
+        return None, lack.view(*x.shape[:-1], len(weight))
+
     @contextmanager
     def watched(self, written: Callable[[Tensor], None]) -> Iterator[None]:
         """Tell what is added to the residual stream, whenever it is."""
@@ -82,12 +108,17 @@ def find_writers(
     """Name the linears whose outputs, added to the block's input, make its output.
 
     Most blocks add what ``o_proj`` and ``down_proj`` put out.  Where something comes in between, a
-    norm or a factor, there are none.  Runs one batch.
+    norm or a factor, there are none; nor where one reads what another linear reads, too.  Runs one
+    batch.
     """
     outputs: dict[str, Tensor] = {}
+    read: dict[str, int] = {}  # where their inputs lay
+    inputs: list[Tensor] = []  # of all linears; that they are held keeps their addresses apart
 
     def noting(name: str) -> Any:
-        def hook(_linear: nn.Module, _args: Any, output: Tensor) -> None:
+        def hook(_linear: nn.Module, args: Any, output: Tensor) -> None:
+            inputs.append(args[0])
+            read[name] = args[0].data_ptr()
             # Some blocks flatten batch and time on the way.
             if output.numel() == hidden.numel() and output.shape[-1] == hidden.shape[-1]:
                 outputs[name] = output
@@ -110,18 +141,9 @@ def find_writers(
     left = (change - added[:, does].sum(1)).norm()
     if not left < _TOLERANCE * change.norm():
         return []
-    return [name for name, writes in zip(outputs, does.tolist(), strict=True) if writes]
-
-
-def gap_before(
-    exact: Tensor | None,  # [B, T, hidden] the residual stream of the full-precision model
-    residual: Tensor | None,  # [B, T, hidden] and of the quantized one
-    x: Tensor,  # [..., K] inputs of a linear that writes to it
-) -> Tensor | None:
-    """Give how far the residual streams are apart, in the shape of the linear's outputs."""
-    if exact is None or residual is None:
-        return None
-    return (exact - residual).reshape(*x.shape[:-1], residual.shape[-1])
+    writers = [name for name, writes in zip(outputs, does.tolist(), strict=True) if writes]
+    readers = Counter(read.values())
+    return writers if all(readers[read[name]] == 1 for name in writers) else []
 
 
 def _few(x: Tensor) -> Tensor:

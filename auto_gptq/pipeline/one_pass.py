@@ -32,7 +32,7 @@ from .block import (
     run_block,
     solve_together,
 )
-from .exact import Exact, gap_before
+from .exact import Exact
 
 # Activations alive in a stopped pass, in units of the widest input and twice the hidden size:
 # the residual, the linear's input, and what the model keeps beside them.
@@ -98,6 +98,8 @@ def solve_in_one_pass(
         _forwards(block, feed, threads) as forwards,
         _forwards(block, feed.of_exact(), threads) as exacts,
     ):
+        for forward in forwards[len(exacts) :]:
+            forward.residual = None
         _all_go_on(forwards, exacts, exact)
         for group in groups:
             waiting = [forward for forward in forwards if forward.waits_before == group[0]]
@@ -140,12 +142,13 @@ def _add_inputs(
         forward, x = forwards[i], forwards[i].input
         if forward.waits_before != name or x is None:
             continue
-        wanted = gap = None
+        wanted = lack = None
         if i < len(exacts) and exacts[i].waits_before == name:
-            wanted = exact.matching(name, exacts[i].input, x, forward.tokens)
-        if wanted is not None and name in exact.writers:
-            gap = gap_before(exacts[i].residual, forward.residual, x)
-        hessian.add(x, kept_tokens(forward.keep, x), wanted, gap)
+            other = exacts[i]
+            wanted, lack = exact.compare(
+                name, x, forward.residual, other.input, other.residual, forward.tokens
+            )
+        hessian.add(x, kept_tokens(forward.keep, x), wanted, lack)
 
 
 class _AbandonedError(Exception):
@@ -160,7 +163,8 @@ class _Forward:
     def __init__(self, block: nn.Module, hidden: Tensor, call: BlockCall, keep: Tensor | None):
         self.keep = keep
         self.tokens = hidden.shape[:-1].numel()
-        self.residual = hidden  # as far as the pass has come
+        # As far as the pass has come; None if nobody asks for it.
+        self.residual: Tensor | None = hidden
         self.waits_before: str | None = None
         self.input: Tensor | None = None  # of the linear it waits before
         self.read: dict[str, int] = {}  # where the input of each stop lay
@@ -189,7 +193,8 @@ class _Forward:
 
     def written(self, output: Tensor) -> None:
         """Follow the residual stream."""
-        self.residual = self.residual + output.reshape_as(self.residual)
+        if self.residual is not None:
+            self.residual = self.residual + output.reshape_as(self.residual)
 
     def stop_before(self, name: str, x: Tensor) -> None:
         """Hand control back to the main thread until it says to go on."""

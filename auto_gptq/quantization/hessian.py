@@ -61,15 +61,15 @@ class Hessian:
         self._is_lower = False  # of each stripe of `total`, only what is left of its end counts
         # Sums over two halves of the tokens: what is chance in one half, the other does not tell.
         self._drift: Tensor | None = None  # [2, size, size] of (exact x - x) xᵀ
-        self._gap: Tensor | None = None  # [2, outputs, size] of gap xᵀ
-        self._drift_tokens = 0
+        self._lack: Tensor | None = None  # [2, outputs, size] of lack xᵀ
+        self._compared_tokens = 0
 
     def add(
         self,
         x: Tensor,  # [..., size] inputs of the layer
         keep: Tensor | None = None,  # [...] bool, False where x is padding
         exact: Tensor | None = None,  # [..., size] what x is in the full-precision model
-        gap: Tensor | None = None,  # [..., outputs] what the outputs should make up for besides
+        lack: Tensor | None = None,  # [..., outputs] or else what all outputs fall short by
     ) -> None:
         """Add the outer products of all kept tokens, summed in fp32."""
         rows = _rows(x, keep)
@@ -77,9 +77,10 @@ class Hessian:
         if exact is not None:
             # Numbers that near each other are subtracted without rounding.
             self._drift = _halves(self._drift, _rows(exact, keep) - rows, rows)
-            self._drift_tokens += rows.shape[0]
-            if gap is not None:
-                self._gap = _halves(self._gap, _rows(gap, keep), rows)
+        elif lack is not None:
+            self._lack = _halves(self._lack, _rows(lack, keep), rows)
+        if exact is not None or lack is not None:
+            self._compared_tokens += rows.shape[0]
         if rows.is_cuda and rows.dtype.itemsize == _HALF:
             self._add_on_tensor_cores(rows)
         else:
@@ -111,11 +112,11 @@ class Hessian:
         self.total += other.total
         self.tokens += other.tokens
         self._is_lower |= other._is_lower
-        self._drift_tokens += other._drift_tokens
+        self._compared_tokens += other._compared_tokens
         self._drift = _sum(self._drift, other._drift)
-        self._gap = _sum(self._gap, other._gap)
+        self._lack = _sum(self._lack, other._lack)
 
-    def sum_over(self, add_others: Callable[[Tensor], Any], with_drift: bool) -> None:
+    def sum_over(self, add_others: Callable[[Tensor], Any], with_pull: bool) -> None:
         """Add the sums of other processes.
 
         :param add_others: adds to a tensor, in place, that of all other processes
@@ -130,51 +131,54 @@ class Hessian:
         for stripe, piece in zip(stripes, pieces, strict=True):
             stripe.copy_(piece.view_as(stripe))
         self._is_lower = True
-        outputs = 0 if self._gap is None else self._gap.shape[1]
-        numbers = [self.tokens, self._drift_tokens, outputs, outputs > 0]
+        outputs = 0 if self._lack is None else self._lack.shape[1]
+        numbers = [self.tokens, self._compared_tokens, outputs, outputs > 0]
         counts = torch.tensor(numbers, device=self.total.device)
         add_others(counts)
-        self.tokens, self._drift_tokens, outputs, having = (int(count) for count in counts)
-        if with_drift and self._drift_tokens:
+        self.tokens, self._compared_tokens, outputs, having = (int(count) for count in counts)
+        if with_pull and self._compared_tokens:
             size = len(self.total)
-            if self._drift is None:
-                self._drift = self.total.new_zeros(2, size, size)
-            add_others(self._drift)
             if having:  # any of them
-                if self._gap is None:
-                    self._gap = self.total.new_zeros(2, outputs // having, size)
-                add_others(self._gap)
+                if self._lack is None:
+                    self._lack = self.total.new_zeros(2, outputs // having, size)
+                add_others(self._lack)
+            else:
+                if self._drift is None:
+                    self._drift = self.total.new_zeros(2, size, size)
+                add_others(self._drift)
 
     @property
     def is_compared(self) -> bool:
-        """Whether exact inputs were met."""
-        return self._drift is not None
+        """Whether any token was seen in the full-precision model, too."""
+        return self._compared_tokens > 0
 
     def pull(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Give ``[outputs, size]`` fp32, the mean of ``(wanted - W x) xᵀ``, where exact x were met.
+        """Give ``[outputs, size]`` fp32, the mean of ``(wanted - W x) xᵀ`` over compared tokens.
 
-        Wanted is what the full-precision model puts out, ``W (exact x)``, plus the gap.
+        ``wanted - W x`` is what was said that the outputs lack, or else ``W (exact x - x)``.
 
         :param weight: ``[outputs, size]`` of all outputs
         :param rows: the outputs that are asked for
         """
-        assert self._drift is not None
-        pull = weight[rows].to(torch.float32) @ self._drift.sum(0)
-        if self._gap is not None and self._gap.shape[1] == len(weight):
-            pull += self._gap[:, rows].sum(0)
-        return pull / max(self._drift_tokens, 1)
+        if self._lack is not None:
+            pull = self._lack[:, rows].sum(0)
+        else:
+            assert self._drift is not None
+            pull = weight[rows].to(torch.float32) @ self._drift.sum(0)
+        return pull.div_(self._compared_tokens)
 
     def doubt(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
         """Give the pull of one half of the tokens less the other's, of every SAMPLED-th output.
 
         :param rows: the outputs that are asked for, from a multiple of SAMPLED on
         """
-        assert self._drift is not None
         some = slice(rows.start, rows.stop, SAMPLED)
-        doubt = weight[some].to(torch.float32) @ (self._drift[0] - self._drift[1])
-        if self._gap is not None and self._gap.shape[1] == len(weight):
-            doubt += self._gap[0, some] - self._gap[1, some]
-        return doubt / max(self._drift_tokens, 1)
+        if self._lack is not None:
+            doubt = self._lack[0, some] - self._lack[1, some]
+        else:
+            assert self._drift is not None
+            doubt = weight[some].to(torch.float32) @ (self._drift[0] - self._drift[1])
+        return doubt.div_(self._compared_tokens)
 
 
 def _stripes(size: int, count: int) -> list[slice]:

@@ -126,6 +126,39 @@ def test_a_corrected_weight_gives_the_outputs_of_the_full_precision_model(act_or
     assert missed(0.5) == pytest.approx(missed(0.0) / 2, rel=0.2)
 
 
+@pytest.mark.parametrize("parts", [1, 2], ids=["at once", "merged"])
+def test_a_pull_is_the_mean_of_what_outputs_lack_times_inputs(parts: int) -> None:
+    """Said of the inputs or of the outputs; each half of a batch is summed up apart."""
+    weight = torch.randn(24, 40)
+    exact, x = torch.randn(2, 4, 50, 40)
+    keep = torch.rand(4, 50) < 0.8
+    lack = (exact - x) @ weight.t()
+    by_inputs, by_outputs = Hessian(40, x.device), Hessian(40, x.device)
+    for part in torch.arange(4).chunk(parts):
+        for whole, words in (
+            (by_inputs, {"exact": exact[part]}),
+            (by_outputs, {"lack": lack[part]}),
+        ):
+            some = Hessian(40, x.device)
+            some.add(x[part], keep[part], **words)
+            whole.merge(some)
+    by_outputs.add(x, keep)  # tokens that nobody has compared
+    doubts = torch.zeros(24, 40, dtype=torch.float64)
+    for part in torch.arange(4).chunk(parts):
+        rows, lacks = x[part][keep[part]].double(), lack[part][keep[part]].double()
+        half = len(rows) // 2
+        doubts += lacks[:half].t() @ rows[:half] - lacks[half:].t() @ rows[half:]
+    expected = lack[keep].double().t() @ x[keep].double() / keep.sum()
+    some_rows = slice(8, 24)
+    for hessian in (by_inputs, by_outputs):
+        assert hessian.is_compared
+        assert torch.allclose(hessian.pull(weight).double(), expected, atol=1e-5)
+        assert torch.allclose(hessian.pull(weight, some_rows).double(), expected[8:], atol=1e-5)
+        doubt = hessian.doubt(weight, some_rows).double()
+        assert torch.allclose(doubt, doubts[8::8] / keep.sum(), atol=1e-5)
+    assert by_outputs.tokens == 2 * by_inputs.tokens
+
+
 def test_what_few_tokens_say_by_chance_is_not_followed() -> None:
     """Noise as large as the drift must not spoil the outputs, on tokens that were not seen."""
     weight = torch.randn(24, 160)
