@@ -8,8 +8,9 @@ on when that linear has been solved.  Only one thread runs at a time.
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -112,9 +113,12 @@ def solve_in_one_pass(
                 if some is not hessian:
                     hessian.merge(some)
             together = {name: linears[name] for name in group}
-            yield from solve_together(together, hessian, options, feed.ranks)
             also = [forward for forward in exacts if forward.waits_before == group[0]]
-            _all_go_on(waiting, also, exact)
+            solving = solve_together(together, hessian, options, feed.ranks)
+            # These need nothing of what is solved.
+            go_on = functools.partial(_all_go_on, [], also, exact)
+            yield from _overtaking(go_on, solving, feed.hidden.device)
+            _all_go_on(waiting, [], exact)
         feed.hidden[:] = [forward.result() for forward in forwards]
         feed.exact[:] = [forward.result() for forward in exacts]
     check_finite(feed)
@@ -127,6 +131,28 @@ def _all_go_on(forwards: Sequence[_Forward], exacts: Sequence[_Forward], exact: 
     with exact.in_place():
         for forward in exacts:
             forward.go_on()
+
+
+def _overtaking(
+    work: Callable[[], None], solving: Iterator[Solved], device: torch.device
+) -> list[Solved]:
+    """Give a GPU work, and solve meanwhile: solving leaves much of the GPU idle, but goes first."""
+    if device.type != "cuda":
+        work()
+        return list(solving)
+    usual, ahead = torch.cuda.current_stream(device), _stream_ahead(device)
+    ahead.wait_stream(usual)
+    work()
+    try:
+        with torch.cuda.stream(ahead):
+            return list(solving)
+    finally:
+        usual.wait_stream(ahead)
+
+
+@functools.cache  # memory that was used on one stream is kept for it
+def _stream_ahead(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def _add_inputs(

@@ -27,9 +27,9 @@ _FACTORED_DIRECTLY = 4096
 _HALF_STRIPES = 4
 
 
-# Column stripes in which a Hessian is summed on a GPU: more save more of the upper half, but make
-# products of less convenient shape.
-_STRIPES = 6
+# Columns of a stripe in which a Hessian is summed on a GPU: narrower ones save more of the upper
+# half, but make products of less convenient shape.
+_STRIPE = 1024
 _ALIGNED = 128  # stripes that start elsewhere get a kernel of half the speed
 _HALF = 2  # bytes of a 16-bit number
 SAMPLED = 8  # of so many outputs one tells how much of a pull is chance
@@ -93,7 +93,7 @@ class Hessian:
         Only blocks on and below the diagonal are computed; :meth:`mean` mirrors them.
         """
         self._is_lower = True
-        for stripe in _stripes(len(self.total), _STRIPES):
+        for stripe in self._stripes():
             part = self.total[stripe, : stripe.stop]
             left = rows[:, stripe].t()
             part += torch.mm(left, rows[:, : stripe.stop], out_dtype=torch.float32)
@@ -101,7 +101,7 @@ class Hessian:
     def mean(self) -> Tensor:
         """Give ``[size, size]`` fp32: the mean over tokens, or zeros if none was seen."""
         if self._is_lower:
-            for stripe in _stripes(len(self.total), _STRIPES):
+            for stripe in self._stripes():
                 left = self.total[stripe, : stripe.start]
                 self.total[: stripe.start, stripe] = left.t()
             self._is_lower = False
@@ -121,10 +121,8 @@ class Hessian:
 
         :param add_others: adds to a tensor, in place, that of all other processes
         """
-        # A stripe and what is left of it on its side of the diagonal: seven twelfths of the matrix.
-        stripes = [
-            self.total[stripe, : stripe.stop] for stripe in _stripes(len(self.total), _STRIPES)
-        ]
+        # A stripe and what is left of it on its side of the diagonal: little more than half of all.
+        stripes = [self.total[stripe, : stripe.stop] for stripe in self._stripes()]
         sent = torch.cat([stripe.flatten() for stripe in stripes])
         add_others(sent)
         pieces = sent.split([stripe.numel() for stripe in stripes])
@@ -146,6 +144,9 @@ class Hessian:
                 if self._drift is None:
                     self._drift = self.total.new_zeros(2, size, size)
                 add_others(self._drift)
+
+    def _stripes(self) -> list[slice]:
+        return _stripes(len(self.total), -(-len(self.total) // _STRIPE))
 
     @property
     def is_compared(self) -> bool:
@@ -214,6 +215,22 @@ class Factor:
 
     inverse: Tensor  # [K, K] fp32, contiguous, upper triangular
     damp_percent: float  # the damping that was needed
+
+    def whiten(self, matrix: Tensor) -> Tensor:
+        """Give ``matrix @ inverseᵀ`` ``[N, K]``, without most of what is multiplied by 0."""
+        white = torch.empty_like(matrix)
+        for stripe in _stripes(len(self.inverse), _HALF_STRIPES):
+            later = slice(stripe.start, None)
+            torch.mm(matrix[:, later], self.inverse[stripe, later].t(), out=white[:, stripe])
+        return white
+
+    def unwhiten(self, white: Tensor) -> Tensor:
+        """Give ``white @ inverse`` ``[N, K]``: of what was whitened, ``matrix @ H⁻¹``."""
+        matrix = torch.empty_like(white)
+        for stripe in _stripes(len(self.inverse), _HALF_STRIPES):
+            earlier = slice(0, stripe.stop)
+            torch.mm(white[:, earlier], self.inverse[earlier, stripe], out=matrix[:, stripe])
+        return matrix
 
 
 def factorize(

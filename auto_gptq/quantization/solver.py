@@ -106,8 +106,8 @@ def solve(
                 "The full-precision model's activations hold NaN or infinity. If it runs in "
                 "float16, load it with torch_dtype=torch.bfloat16 or torch.float32."
             )
-        every, inverse = slice(0, len(weight)), factor.inverse
-        shift = by_parts(lambda rows: _shift(pull.rows(rows), order, inverse), every, parts)
+        every = slice(0, len(weight))
+        shift = by_parts(lambda rows: _shift(pull.rows(rows), order, factor), every, parts)
         target = target + options.correction * shift
 
     # The kernel takes each row by itself; elsewhere all is a product.
@@ -266,19 +266,17 @@ def _processing_order(hessian: Tensor, act_order: bool) -> Tensor:
 def _shift(
     pull: Pull,
     order: Tensor,  # [K]
-    inverse: Tensor,  # [K, K] the factor U in processing order
+    factor: Factor,  # in processing order
 ) -> Tensor:  # [N, K]
     """Give the change of the weight that meets a pull, as far as that is certain.
 
     With ``D = wanted - W X``, ``‖W X + D - Q X‖²`` is ``(W* - Q) H (W* - Q)ᵀ`` plus what does not
     depend on Q, where ``W* = W + (D Xᵀ) H⁻¹``.  Here ``(H + damping)⁻¹ = Uᵀ U``.
     """
-    white = pull.whole[:, order] @ inverse.t()
-    share = _certain(white[::SAMPLED], pull.doubt[:, order] @ inverse.t())
-    share = share.repeat_interleave(_ROWS_TOGETHER)[: len(white), None]
-    shift = torch.empty_like(white)
-    shift[:, order] = (share * white) @ inverse
-    return shift
+    white = factor.whiten(pull.whole[:, order])
+    share = _certain(white[::SAMPLED], factor.whiten(pull.doubt[:, order]))
+    white *= share.repeat_interleave(_ROWS_TOGETHER)[: len(white), None]
+    return factor.unwhiten(white)[:, torch.argsort(order)]
 
 
 def _certain(
