@@ -7,6 +7,7 @@ front has ended), and weights that change from call to call, so that none is in 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -95,67 +96,91 @@ def ours(x: Tensor, k: int, n: int, kind: Kind) -> tuple[Product, int]:
     return lambda i: torch.ops.auto_gptq.q_matmul(x, *weights[i], None, *settings), count
 
 
-def humming(x: Tensor, k: int, n: int, kind: Kind) -> tuple[Product, int]:
-    """Multiply by Humming's layer with its own choice of kernel, compiled when first used."""
+@functools.cache  # to quantize them takes longer than to measure
+def humming_layers(k: int, n: int, kind: Kind) -> list[Any]:
+    """Give Humming's layers of random weights; those for any number of rows are the same."""
     from humming.layer import HummingLayer
 
     settings = {"dtype": f"int{kind.bits}", "group_size": max(kind.group_size, 0)}
-    count = min(copies(k * n * kind.bits / 8), 16)  # each is quantized from a dense weight
     layers = []
-    for _ in range(count):
-        layer = HummingLayer(n, k, dict(settings), torch_dtype=x.dtype).cuda()
-        layer.load_from_unquantized(torch.randn(n, k, device=x.device, dtype=x.dtype))
+    for _ in range(min(copies(k * n * kind.bits / 8), 16)):
+        layer = HummingLayer(n, k, dict(settings), torch_dtype=torch.float16).cuda()
+        layer.load_from_unquantized(torch.randn(n, k, device="cuda", dtype=torch.float16))
         layer.transform()
         layers.append(layer)
-    return lambda i: layers[i](x), count
+    return layers
 
 
-def microseconds(product: Product, count: int, repeats: int = 9) -> float:
-    """Give the median time of one call in a graph of calls."""
+def humming(x: Tensor, k: int, n: int, kind: Kind) -> tuple[Product, int]:
+    """Multiply by Humming's layer with its own choice of kernel, compiled when first used."""
+    layers = humming_layers(k, n, kind)
+    return lambda i: layers[i](x), len(layers)
+
+
+def capture(product: Product, count: int, stream: torch.cuda.Stream) -> tuple[Any, int]:
+    """Give a graph of calls, and how many."""
     inner = max(count, 24)
+    product(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for i in range(inner):
+            product(i % count)
+    return graph, inner
+
+
+def microseconds(products: list[tuple[Product, int]], rounds: int = 9) -> list[list[float]]:
+    """Give the times of one call of each, round by round.
+
+    They take turns, since a card at its power limit changes its clock from second to second: only
+    times of the same round compare.
+    """
     stream = torch.cuda.Stream()
+    times: list[list[float]] = [[] for _ in products]
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        product(0)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for i in range(inner):
-                product(i % count)
-        times = []
-        for _ in range(repeats):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record(stream)
-            graph.replay()
-            end.record(stream)
-            torch.cuda.synchronize()
-            times.append(1000 * start.elapsed_time(end) / inner)
-    return statistics.median(times)
+        graphs = [capture(product, count, stream) for product, count in products]
+        for _ in range(rounds):
+            for (graph, inner), taken in zip(graphs, times, strict=True):
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record(stream)
+                graph.replay()
+                end.record(stream)
+                torch.cuda.synchronize()
+                taken.append(1000 * start.elapsed_time(end) / inner)
+    return times
+
+
+def times_faster(slow: list[float], fast: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
 def measure(k: int, n: int, m: int, kinds: list[Kind], peers: bool) -> Iterator[dict[str, Any]]:
     """Give a row of the table for each kind."""
     x = torch.randn(m, k, device="cuda", dtype=torch.float16)
-    dense = microseconds(*cublas(x, k, n))
+    dense = cublas(x, k, n)
     for kind in kinds:
-        mine = microseconds(*ours(x, k, n, kind))
-        theirs: Any = "-"
+        products = [dense, ours(x, k, n, kind)]
         if peers and kind.symmetric and not kind.act_order and kind.bits in (4, 8):
             try:
-                theirs = microseconds(*humming(x, k, n, kind))
+                peer = humming(x, k, n, kind)
+                peer[0](0)
+                products.append(peer)
             except (RuntimeError, AssertionError, ValueError) as error:
                 print(f"Humming refuses {n}x{k}, M = {m}, {kind.name}: {error}", file=sys.stderr)
+        base, mine, *other = microseconds(products)
         yield {
             "K": k,
             "N": n,
             "M": m,
             "kind": kind.name,
-            "cuBLAS fp16": dense,
-            "ours": mine,
-            "times cuBLAS": dense / mine,
-            "Humming": theirs,
-            "times Humming": theirs / mine if isinstance(theirs, float) else "-",
+            "cuBLAS fp16": statistics.median(base),
+            "ours": statistics.median(mine),
+            "times cuBLAS": times_faster(base, mine),
+            "Humming": statistics.median(other[0]) if other else "-",
+            "times Humming": times_faster(other[0], mine) if other else "-",
         }
+        del products
         torch.cuda.empty_cache()
 
 
