@@ -69,7 +69,7 @@ def solve_step(
     Linears that read the same tensor share one Hessian, and those with the same options also one
     factorization.
     """
-    exact = exact or Exact(block, {}, [])
+    exact = exact or Exact(block, {}, {})
     collector = _Collector(linears, exact)
     with collector.hooked(), exact.watched(collector.written):
         starts = [part.start for part in feed.ranks.parts(len(feed.hidden))]
@@ -275,8 +275,7 @@ class _Collector:
     def _hook(self, name: str) -> Any:
         def note(_linear: nn.Module, args: Sequence[Tensor]) -> None:
             if self._is_exact:
-                residual = self._residual if name in self.exact.writers else None
-                self._exact[name] = args[0], residual
+                self._exact[name] = args[0], self._residual
             else:
                 self._add(name, args[0])
             self._waiting.discard(name)
@@ -293,10 +292,9 @@ class _Collector:
         for sharing in self.sharing:
             if sharing.names[0] == name:
                 noted, residual = self._exact.get(name, (None, None))
-                wanted, lack = self.exact.compare(
-                    name, x, self._residual, noted, residual, self._tokens
-                )
-                sharing.hessian.add(x, kept_tokens(self.keep, x), wanted, lack)
+                exact = self.exact.matching(name, noted, x, self._tokens)
+                lack = self.exact.lack(name, exact, x, residual, self._residual)
+                sharing.hessian.add(x, kept_tokens(self.keep, x), exact, lack)
 
     def _assign(self, name: str, x: Tensor) -> None:
         """Find the linears that read the very same tensor; their inputs are kept alive for that."""

@@ -92,7 +92,7 @@ def solve_in_one_pass(
     stops = {group[0]: (linears[group[0]], _stop_before(group[0])) for group in groups}
     for group in groups:  # blocks of one class are taken to read alike; here that is checked
         stops |= {name: (linears[name], _read_as(group[0], name)) for name in group[1:]}
-    exact = exact or Exact(block, {}, [])
+    exact = exact or Exact(block, {}, {})
     with (
         _hooked(stops),
         exact.watched(_written),
@@ -170,10 +170,8 @@ def _add_inputs(
             continue
         wanted = lack = None
         if i < len(exacts) and exacts[i].waits_before == name:
-            other = exacts[i]
-            wanted, lack = exact.compare(
-                name, x, forward.residual, other.input, other.residual, forward.tokens
-            )
+            wanted = exact.matching(name, exacts[i].input, x, forward.tokens)
+            lack = exact.lack(name, wanted, x, exacts[i].residual, forward.residual)
         hessian.add(x, kept_tokens(forward.keep, x), wanted, lack)
 
 

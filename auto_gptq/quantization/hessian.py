@@ -69,16 +69,16 @@ class Hessian:
         x: Tensor,  # [..., size] inputs of the layer
         keep: Tensor | None = None,  # [...] bool, False where x is padding
         exact: Tensor | None = None,  # [..., size] what x is in the full-precision model
-        lack: Tensor | None = None,  # [..., outputs] or else what all outputs fall short by
+        lack: Tensor | None = None,  # [..., outputs] more than that: what all outputs lack
     ) -> None:
         """Add the outer products of all kept tokens, summed in fp32."""
         rows = _rows(x, keep)
         self.tokens += rows.shape[0]
-        if exact is not None:
+        if lack is not None:
+            self._lack = _halves(self._lack, _rows(lack, keep), rows)
+        elif exact is not None:
             # Numbers that near each other are subtracted without rounding.
             self._drift = _halves(self._drift, _rows(exact, keep) - rows, rows)
-        elif lack is not None:
-            self._lack = _halves(self._lack, _rows(lack, keep), rows)
         if exact is not None or lack is not None:
             self._compared_tokens += rows.shape[0]
         if rows.is_cuda and rows.dtype.itemsize == _HALF:

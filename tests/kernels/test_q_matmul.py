@@ -151,6 +151,17 @@ def test_every_row_of_the_table_of_shapes(k: int, n: int, bits: int, m: int) -> 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("k", "m"), [(14336, 1), (8192, 2), (4096, 4), (14336, 4), (4096, 12)])
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_inputs_in_any_order(group_size: int, k: int, m: int) -> None:
+    """Few values of x are sorted by every block, more of them before the product."""
+    device, settings = torch.device("cuda"), (4, group_size, k, 1088)
+    _, tiled = random_weight(*settings, device, act_order=True)
+    x = torch.randn(m, k, device=device).half()
+    assert_as_good_as_plain(multiply(x, tiled, settings), x, exact_weight(tiled, settings))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("m", [1, 16])
 def test_captured_products_depend_on_each_other(m: int) -> None:
     """A chain in one graph, where each kernel may start before the one in front has ended."""

@@ -18,16 +18,20 @@ from auto_gptq.nn_modules.experts import unfuse
 from auto_gptq.nn_modules.qlinear.linear import dense_weight
 from auto_gptq.nn_modules.surgery import dequantize, features, find_linears
 from auto_gptq.nn_modules.unfused import find_unfused
-from auto_gptq.pipeline.exact import Exact, find_writers
+from auto_gptq.pipeline.exact import Exact, Writer, find_writers
 from tests.tiny import tiny_examples, tiny_model
 from tests.zoo import tiny_of
 
 WRITERS = {
-    "llama": ["self_attn.o_proj", "mlp.down_proj"],
-    "opt": ["self_attn.out_proj", "fc2"],
-    "gptj": ["attn.out_proj", "mlp.fc_out"],  # side by side, both read the block's input
-    "gpt2": ["attn.c_proj", "mlp.c_proj"],
-    "gemma2": [],  # norms come in between
+    "llama": {"self_attn.o_proj": Writer(), "mlp.down_proj": Writer()},
+    "opt": {"self_attn.out_proj": Writer(), "fc2": Writer()},
+    # side by side, both read the block's input
+    "gptj": {"attn.out_proj": Writer(), "mlp.fc_out": Writer()},
+    "gpt2": {"attn.c_proj": Writer(), "mlp.c_proj": Writer()},
+    "gemma2": {
+        "self_attn.o_proj": Writer("post_attention_layernorm"),
+        "mlp.down_proj": Writer("post_feedforward_layernorm"),
+    },
 }
 
 
@@ -45,11 +49,40 @@ def test_the_linears_that_write_to_the_residual_stream_are_found(model_type: str
 
 
 @torch.no_grad()
+def test_a_factor_on_what_is_written_is_found() -> None:
+    block, hidden, call = first_block(tiny_of("granite", residual_multiplier=0.22))
+    writers = find_writers(block, find_linears(block), hidden, call)
+    assert list(writers) == ["self_attn.o_proj", "mlp.down_proj"]
+    for writer in writers.values():
+        assert writer == Writer("", pytest.approx(0.22, rel=1e-4))
+
+
+@pytest.mark.parametrize("model_type", ["granite", "gemma2", "olmo2"])
+@torch.no_grad()
+def test_what_is_put_out_besides_closes_the_gap(model_type: str) -> None:
+    """Through a norm or a factor, and but for the norm's size, which follows its input."""
+    extra = {"residual_multiplier": 0.22} if model_type == "granite" else {}
+    block, hidden, call = first_block(tiny_of(model_type, **extra))
+    writers = find_writers(block, find_linears(block), hidden, call)
+    name, writer = next(iter(writers.items()))
+    exact, linear = Exact(block, {}, writers), block.get_submodule(name)
+    if writer.norm:  # as a trained one is
+        norm = block.get_submodule(writer.norm)
+        norm.weight.copy_(torch.rand(len(norm.weight)) + 0.5)
+    x = torch.randn(*hidden.shape[:-1], linear.in_features)
+    gap = 1e-3 * torch.randn_like(hidden)
+    besides = exact.gap(name, x, hidden + gap, hidden)
+    after = block.get_submodule(writer.norm) if writer.norm else torch.nn.Identity()
+    closed = writer.factor * (after(linear(x) + besides) - after(linear(x)))
+    assert (closed - gap).norm() < 0.2 * gap.norm()
+
+
+@torch.no_grad()
 def test_original_weights_come_back_for_a_while_only() -> None:
     block, hidden, call = first_block(tiny_model(dtype=torch.float32))
     linears = find_linears(block)
     before = block(hidden, *call.args, **call.kwargs)
-    exact = Exact(block, linears, ["self_attn.o_proj", "mlp.down_proj"])
+    exact = Exact(block, linears, {"self_attn.o_proj": Writer(), "mlp.down_proj": Writer()})
     for linear in linears.values():
         linear.weight.mul_(0.9)
     after = block(hidden, *call.args, **call.kwargs)
@@ -76,7 +109,7 @@ def test_where_a_writer_shares_its_input_there_are_none() -> None:
             return x + self.one(x) + self.other(x if self.shared else x.clone())
 
     x = torch.randn(2, 8, 16)
-    for shared, writers in ((False, ["one", "other"]), (True, [])):
+    for shared, writers in ((False, {"one": Writer(), "other": Writer()}), (True, {})):
         block = Twice(shared)
         assert find_writers(block, find_linears(block), x, BlockCall((), {})) == writers
 
@@ -86,23 +119,22 @@ def test_where_a_writer_shares_its_input_there_are_none() -> None:
 def test_outputs_lack_the_full_precision_ones_and_what_the_stream_has_lost(model_type: str) -> None:
     block, hidden, _call = first_block(tiny_model(model_type, torch.float32))
     linears = find_linears(block)
-    writer = WRITERS[model_type][1]
+    writer = list(WRITERS[model_type])[1]
     exact = Exact(block, linears, WRITERS[model_type])
     width = features(linears[writer])[0]
-    x, exact_x = torch.randn(2, *hidden.shape[:-1], width)
+    x, wanted = torch.randn(2, *hidden.shape[:-1], width)
     residual, exact_residual = torch.randn(2, *hidden.shape)
-    tokens = hidden.shape[:-1].numel()
-    wanted, lack = exact.compare(writer, x, residual, exact_x, exact_residual, tokens)
+    streams = exact_residual, residual
+    lack = exact.lack(writer, wanted, x, *streams)
     weight = dense_weight(linears[writer]).double()
-    expected = (exact_x - x).double() @ weight.t() + (exact_residual - residual)
-    assert wanted is None and lack is not None
-    assert torch.allclose(lack.double(), expected, atol=1e-5)
-    flat = x.view(-1, width), exact_x.view(-1, width)  # some models flatten batch and time
-    _, lack = exact.compare(writer, flat[0], residual, flat[1], exact_residual, tokens)
+    expected = (wanted - x).double() @ weight.t() + (exact_residual - residual)
+    assert lack is not None and torch.allclose(lack.double(), expected, atol=1e-5)
+    flat = wanted.view(-1, width), x.view(-1, width)  # some models flatten batch and time
+    lack = exact.lack(writer, *flat, *streams)
     assert lack is not None and torch.allclose(lack.double(), expected.flatten(0, 1), atol=1e-5)
     reader = next(name for name in linears if name not in WRITERS[model_type])
-    assert exact.compare(reader, x, None, exact_x, None, tokens) == (exact_x, None)
-    assert exact.compare(writer, x, residual, None, None, tokens) == (None, None)
+    assert exact.lack(reader, wanted, x, *streams) is None
+    assert exact.lack(writer, None, x, *streams) is None
 
 
 def test_experts_are_not_compared() -> None:
@@ -111,7 +143,7 @@ def test_experts_are_not_compared() -> None:
     unfuse(model)
     block = model.model.layers[0]
     experts = next(iter(find_unfused(block)))
-    exact, x = Exact(block, {}, []), torch.ones(8, 64)
+    exact, x = Exact(block, {}, {}), torch.ones(8, 64)
     assert exact.matching(f"{experts}.0.w1", x, x, 8) is None
     assert exact.matching("self_attn.o_proj", x, x, 8) is x
     assert exact.matching("self_attn.o_proj", x, x, 9) is None
