@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from ..errors import NumericsError
 from ..nn_modules.qlinear.linear import dense_weight
 from ..nn_modules.unfused import without_padding
 from ..quantization.hessian import Hessian, Pull
-from ..quantization.precision import tensor_cores
 from ..quantization.solver import Solution, SolverOptions, by_parts, is_finite
 from .careful import solve_carefully
 from .exact import Exact
@@ -145,14 +145,16 @@ def _solve_stacked(
         raise _damaged([name for name, weight in weights.items() if not is_finite(weight)])
     notes: list[str] = []
 
+    parts = ranks.row_parts
+
+    def pull_of(rows: slice) -> Pull:
+        return Pull(
+            by_parts(lambda part: hessian.pull(tall, part), rows, parts),
+            by_parts(lambda part: hessian.doubt(tall, part), rows, parts),
+        )
+
     def of_rows(rows: slice) -> Solution:
-        parts, pull = ranks.row_parts, None
-        if options.correction and hessian.is_compared:
-            with tensor_cores():
-                pull = Pull(
-                    by_parts(lambda part: hessian.pull(tall, part), rows, parts),
-                    by_parts(lambda part: hessian.doubt(tall, part), rows, parts),
-                )
+        pull = partial(pull_of, rows) if options.correction and hessian.is_compared else None
         found, note = solve_carefully(tall[rows], mean, hessian.tokens, options, pull, parts)
         notes.append(note)
         return found
@@ -294,7 +296,10 @@ class _Collector:
                 noted, residual = self._exact.get(name, (None, None))
                 exact = self.exact.matching(name, noted, x, self._tokens)
                 lack = self.exact.lack(name, exact, x, residual, self._residual)
-                sharing.hessian.add(x, kept_tokens(self.keep, x), exact, lack)
+                keep = kept_tokens(self.keep, x)
+                sharing.hessian.add(x, keep)
+                if exact is not None:
+                    sharing.hessian.compare(x, keep, exact, lack)
 
     def _assign(self, name: str, x: Tensor) -> None:
         """Find the linears that read the very same tensor; their inputs are kept alive for that."""

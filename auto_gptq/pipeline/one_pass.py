@@ -109,15 +109,13 @@ def solve_in_one_pass(
             for part in feed.ranks.parts(len(forwards)):
                 some = hessian if part.start == 0 else Hessian(inputs, feed.hidden.device)
                 # Nobody waits where tokens are routed past an expert that the first batch met.
-                _add_inputs(some, forwards, exacts, part, group[0], exact)
+                _add_inputs(some, [forwards[i] for i in part], group[0])
                 if some is not hessian:
                     hessian.merge(some)
             together = {name: linears[name] for name in group}
-            also = [forward for forward in exacts if forward.waits_before == group[0]]
             solving = solve_together(together, hessian, options, feed.ranks)
-            # These need nothing of what is solved.
-            go_on = functools.partial(_all_go_on, [], also, exact)
-            yield from _overtaking(go_on, solving, feed.hidden.device)
+            compare = functools.partial(_compare, hessian, forwards, exacts, group[0], exact)
+            yield from _overtaking(compare, solving, feed.hidden.device)
             _all_go_on(waiting, [], exact)
         feed.hidden[:] = [forward.result() for forward in forwards]
         feed.exact[:] = [forward.result() for forward in exacts]
@@ -136,7 +134,10 @@ def _all_go_on(forwards: Sequence[_Forward], exacts: Sequence[_Forward], exact: 
 def _overtaking(
     work: Callable[[], None], solving: Iterator[Solved], device: torch.device
 ) -> list[Solved]:
-    """Give a GPU work, and solve meanwhile: solving leaves much of the GPU idle, but goes first."""
+    """Give a GPU work, and solve meanwhile: that leaves much of the GPU idle, but goes first.
+
+    What the solver needs of that work it waits for by itself.
+    """
     if device.type != "cuda":
         work()
         return list(solving)
@@ -155,24 +156,31 @@ def _stream_ahead(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)
 
 
-def _add_inputs(
+def _add_inputs(hessian: Hessian, forwards: Sequence[_Forward], name: str) -> None:
+    """Add the inputs that some passes hold before a linear."""
+    for forward in forwards:
+        if forward.waits_before == name and forward.input is not None:
+            hessian.add(forward.input, kept_tokens(forward.keep, forward.input))
+
+
+def _compare(
     hessian: Hessian,
     forwards: Sequence[_Forward],
     exacts: Sequence[_Forward],
-    part: range,
     name: str,
     exact: Exact,
 ) -> None:
-    """Add the inputs that some passes hold before a linear."""
-    for i in part:
-        forward, x = forwards[i], forwards[i].input
-        if forward.waits_before != name or x is None:
-            continue
-        wanted = lack = None
-        if i < len(exacts) and exacts[i].waits_before == name:
-            wanted = exact.matching(name, exacts[i].input, x, forward.tokens)
-            lack = exact.lack(name, wanted, x, exacts[i].residual, forward.residual)
-        hessian.add(x, kept_tokens(forward.keep, x), wanted, lack)
+    """Add what full-precision passes hold otherwise before a linear, and let them go on."""
+    for forward, other in zip(forwards, exacts, strict=False):
+        x = forward.input
+        if x is not None and forward.waits_before == other.waits_before == name:
+            wanted = exact.matching(name, other.input, x, forward.tokens)
+            lack = exact.lack(name, wanted, x, other.residual, forward.residual)
+            if wanted is not None:
+                hessian.compare(x, kept_tokens(forward.keep, x), wanted, lack)
+    if hessian.total.is_cuda:
+        hessian.compared = torch.cuda.current_stream(hessian.total.device).record_event()
+    _all_go_on([], [other for other in exacts if other.waits_before == name], exact)
 
 
 class _AbandonedError(Exception):
