@@ -198,6 +198,10 @@ class _Sharing:
     hessian: Hessian  # of the present part of the batches
     earlier: Hessian | None = None  # of the parts before
 
+    def of_all(self) -> Hessian:
+        """Give the one that holds what is compared, whatever the part."""
+        return self.hessian if self.earlier is None else self.earlier
+
     def begin_part(self) -> None:
         """Add what there is to the earlier parts."""
         if self.earlier is None:
@@ -299,7 +303,7 @@ class _Collector:
                 keep = kept_tokens(self.keep, x)
                 sharing.hessian.add(x, keep)
                 if exact is not None:
-                    sharing.hessian.compare(x, keep, exact, lack)
+                    sharing.of_all().compare(x, keep, exact, lack)
 
     def _assign(self, name: str, x: Tensor) -> None:
         """Find the linears that read the very same tensor; their inputs are kept alive for that."""

@@ -204,6 +204,8 @@ def test_operators_pass_opcheck(device) -> None:
     check(ops.add_norm, hidden, hidden.clone(), ones, 1e-5)
     check(ops.gate, hidden, False)
     check(ops.append_best, hidden, tokens, place, ended, place, 7)
+    heads, angles = torch.randn(2, 4, 3, 16, device=device), torch.randn(1, 3, 16, device=device)
+    check(ops.rotate, heads, angles, angles.clone(), torch.empty_like(heads))
 
 
 @pytest.mark.gpu
