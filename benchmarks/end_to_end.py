@@ -1,8 +1,8 @@
 """Seconds to quantize a model of Llama-2-7B's shapes, with random weights: per block and in all.
 
-The time of a block is the difference between a model of four and one of two blocks, halved, so that
-loading, capture and the first use of kernels do not count.  The whole model is measured as a whole.
-llm-compressor is measured in the same run where it is installed.
+The time of a block is what the whole model takes longer than four of its blocks, by the number of
+the others, so that capture and the first use of kernels do not count.  llm-compressor is measured
+in the same run where it is installed, with four and two blocks.
 
 With ``--ranks-only`` only the codes and times of four and eight blocks are taken, once alone and
 once under ``torchrun --nproc-per-node 2 benchmarks/end_to_end.py --ranks-only --codes FILE``, which
@@ -39,7 +39,9 @@ from auto_gptq.quantization.hessian import Hessian
 
 BLOCKS_OF_7B = 32
 ANCHORS = [("llm-compressor 0.14.0.1", 2.57), ("GPTQModel 7.3.4", 15.2)]  # anchors/h100.json
+FEW = 4  # blocks
 VARIANTS: dict[str, dict[str, Any]] = {
+    "compatible": {"name": "compatible"},
     "default": {"name": "default"},
     "act-order, static groups": {"name": "default", "signed_scales": False, "correction": 0.0},
     "groups in order, min-max": {"name": "compatible", "desc_act": False},
@@ -122,28 +124,26 @@ def timed_phases() -> Iterator[dict[str, float]]:
 
 def phases(tokens: torch.Tensor, options: argparse.Namespace, device: str) -> dict[str, float]:
     """Give the seconds of each phase for one block, from four; "forward" is the rest."""
-    built = model(4, options, device)
+    built = model(FEW, options, device)
     with timed_phases() as spent:
         whole = seconds(built, tokens, VARIANTS["act-order, static groups"])
     once = spent.pop("before the blocks")
-    per_block = {phase: value / 4 for phase, value in spent.items()}
-    per_block["forward and the rest"] = (whole - once) / 4 - sum(per_block.values())
+    per_block = {phase: value / FEW for phase, value in spent.items()}
+    per_block["forward and the rest"] = (whole - once) / FEW - sum(per_block.values())
     return per_block | {"before the blocks, once": once}
 
 
 def measure(settings: dict[str, Any], tokens: torch.Tensor, options: Any, device: str) -> Any:
     """Give the row of one variant."""
     seconds(model(1, options, device), tokens[:8], settings)  # warm up
-    short = seconds(model(2, options, device), tokens, settings)
-    long = seconds(model(4, options, device), tokens, settings)
+    few = seconds(model(FEW, options, device), tokens, settings)
     built = model(options.blocks, options, device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     whole = seconds(built, tokens, settings)
     return {
-        "2 blocks, s": short,
-        "4 blocks, s": long,
-        "per block, s": (long - short) / 2,
+        f"{FEW} blocks, s": few,
+        "per block, s": (whole - few) / (options.blocks - FEW),
         f"{options.blocks} blocks, s": whole,
         "peak GB": torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0,
     }
@@ -152,13 +152,12 @@ def measure(settings: dict[str, Any], tokens: torch.Tensor, options: Any, device
 def measure_peer(tokens: torch.Tensor, options: Any, device: str) -> Any:
     peers.quantize(model(1, options, device), tokens[:8])  # warm up
     short = peers.quantize(model(2, options, device), tokens)
-    long = peers.quantize(model(4, options, device), tokens)
-    per_block = (long - short) / 2
+    few = peers.quantize(model(FEW, options, device), tokens)
+    per_block = (few - short) / (FEW - 2)
     return {
-        "2 blocks, s": short,
-        "4 blocks, s": long,
+        f"{FEW} blocks, s": few,
         "per block, s": per_block,
-        f"{options.blocks} blocks, s": short + (options.blocks - 2) * per_block,
+        f"{options.blocks} blocks, s": few + (options.blocks - FEW) * per_block,
         "peak GB": 0.0,
     }
 
@@ -220,6 +219,7 @@ def main() -> None:
     arguments.add_argument("--intermediate", type=int, default=11008)
     arguments.add_argument("--blocks", type=int, default=BLOCKS_OF_7B)
     arguments.add_argument("--results", type=Path)
+    arguments.add_argument("--name", default="end-to-end", help="of the file with the results")
     arguments.add_argument("--variants", nargs="*", choices=VARIANTS)
     arguments.add_argument("--ranks-only", action="store_true")
     arguments.add_argument("--codes", type=Path, default=Path("codes-of-one.pt"))
@@ -247,11 +247,11 @@ def main() -> None:
         "rows": rows,
         "seconds of a block by phase": of_block,
     }
-    print(save(f"end-to-end-{device}", content, options.results), flush=True)
+    print(save(f"{options.name}-{device}", content, options.results), flush=True)
     if peers.installed():
         name = f"{peers.NAME} ({options.blocks} blocks extrapolated)"
         rows.append({"variant": name} | measure_peer(tokens, options, device))
-        save(f"end-to-end-{device}", content, options.results)
+        save(f"{options.name}-{device}", content, options.results)
     print(table(rows))
     for name, per_block in ANCHORS:
         print(f"{name}: {per_block} s per block on an H100, 128 x 2048 tokens (anchors)")

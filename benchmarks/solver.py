@@ -23,7 +23,7 @@ from measure import save, table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from auto_gptq.formats.grid import GridRule
 from auto_gptq.kernels import gpu, native
-from auto_gptq.quantization.hessian import factorize
+from auto_gptq.quantization.factor import factorize
 from auto_gptq.quantization.precision import tensor_cores
 from auto_gptq.quantization.solver import SolverOptions, solve, squared_error
 from tests.reference import plain_gptq

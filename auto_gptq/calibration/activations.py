@@ -65,7 +65,7 @@ class Activations:
         self._folder = folder
         self._own_folder: Path | None = None  # made here, so removed here
         self._kept: list[Tensor | _OnDisk] = []
-        self._finite: list[Tensor] = []  # one flag per tensor, on the device: no waiting
+        self._sums: list[Tensor] = []  # of each tensor, on the device: no waiting
 
     @classmethod
     def none(cls) -> Activations:
@@ -90,7 +90,7 @@ class Activations:
     def append(self, tensor: Tensor) -> None:
         """Add the hidden states of the next batch."""
         self._kept.append(self._put(len(self._kept), tensor))
-        self._finite.append(torch.isfinite(tensor).all())
+        self._sums.append(tensor.sum(dtype=torch.float32))
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -110,17 +110,19 @@ class Activations:
             return
         assert isinstance(value, Tensor)
         self._kept[index] = self._put(index, value)
-        self._finite[index] = torch.isfinite(value).all()
+        self._sums[index] = value.sum(dtype=torch.float32)
 
     def check_finite(self, who: str) -> None:
         """Look at what all tensors held when they came.
 
         :raises NumericsError: naming the first batch with NaN or infinity
         """
-        finite = torch.stack(self._finite) if self._finite else torch.ones(1)
-        if finite.all():
+        # A sum is finite only if all terms are; one that overflows decides nothing.
+        finite = torch.isfinite(torch.stack(self._sums)).tolist() if self._sums else []
+        doubtful = (batch for batch, sure in enumerate(finite) if not sure)
+        batch = next((i for i in doubtful if not torch.isfinite(self[i]).all()), None)
+        if batch is None:
             return
-        batch = int((~finite).nonzero()[0])
         kept = self[batch]
         kind = "NaN" if torch.isnan(kept).any() else "infinity"
         if self.dtype == torch.float16:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from ..errors import NumericsError
 from ..nn_modules.qlinear.linear import dense_weight
 from ..nn_modules.unfused import without_padding
 from ..quantization.hessian import Hessian, Pull
-from ..quantization.precision import tensor_cores
 from ..quantization.solver import Solution, SolverOptions, by_parts, is_finite
 from .careful import solve_carefully
 from .exact import Exact
@@ -145,14 +145,16 @@ def _solve_stacked(
         raise _damaged([name for name, weight in weights.items() if not is_finite(weight)])
     notes: list[str] = []
 
+    parts = ranks.row_parts
+
+    def pull_of(rows: slice) -> Pull:
+        return Pull(
+            by_parts(lambda part: hessian.pull(tall, part), rows, parts),
+            by_parts(lambda part: hessian.doubt(tall, part), rows, parts),
+        )
+
     def of_rows(rows: slice) -> Solution:
-        parts, pull = ranks.row_parts, None
-        if options.correction and hessian.is_compared:
-            with tensor_cores():
-                pull = Pull(
-                    by_parts(lambda part: hessian.pull(tall, part), rows, parts),
-                    by_parts(lambda part: hessian.doubt(tall, part), rows, parts),
-                )
+        pull = partial(pull_of, rows) if options.correction and hessian.is_compared else None
         found, note = solve_carefully(tall[rows], mean, hessian.tokens, options, pull, parts)
         notes.append(note)
         return found
@@ -195,6 +197,10 @@ class _Sharing:
     names: list[str]
     hessian: Hessian  # of the present part of the batches
     earlier: Hessian | None = None  # of the parts before
+
+    def of_all(self) -> Hessian:
+        """Give the one that holds what is compared, whatever the part."""
+        return self.hessian if self.earlier is None else self.earlier
 
     def begin_part(self) -> None:
         """Add what there is to the earlier parts."""
@@ -259,7 +265,7 @@ class _Collector:
         self._is_exact = False
 
     def run(self, block: nn.Module, hidden: Tensor, call: BlockCall) -> None:
-        self._waiting, self._residual = set(self.seen), hidden
+        self._waiting, self._residual = set(self.seen), hidden if self._exact else None
         self._tokens = hidden.shape[:-1].numel()
         with suppress(_AllSeen):
             run_block(block, hidden, call, self.keep)
@@ -268,9 +274,9 @@ class _Collector:
         self._exact.clear()
 
     def written(self, output: Tensor) -> None:
-        """Follow the residual stream."""
-        assert self._residual is not None
-        self._residual = self._residual + output.reshape_as(self._residual)
+        """Follow the residual stream, if it is to be compared."""
+        if self._residual is not None:
+            self._residual = self._residual + output.reshape_as(self._residual)
 
     def _hook(self, name: str) -> Any:
         def note(_linear: nn.Module, args: Sequence[Tensor]) -> None:
@@ -293,8 +299,11 @@ class _Collector:
             if sharing.names[0] == name:
                 noted, residual = self._exact.get(name, (None, None))
                 exact = self.exact.matching(name, noted, x, self._tokens)
-                gap = self.exact.gap(name, exact, residual, self._residual)
-                sharing.hessian.add(x, kept_tokens(self.keep, x), exact, gap)
+                lack = self.exact.lack(name, exact, x, residual, self._residual)
+                keep = kept_tokens(self.keep, x)
+                sharing.hessian.add(x, keep)
+                if exact is not None:
+                    sharing.of_all().compare(x, keep, exact, lack)
 
     def _assign(self, name: str, x: Tensor) -> None:
         """Find the linears that read the very same tensor; their inputs are kept alive for that."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ def solve_carefully(
     hessian: Tensor,  # [K, K] mean over the tokens
     tokens: int,
     options: SolverOptions,
-    pull: Pull | None = None,
+    pull: Callable[[], Pull] | None = None,
     parts: int = 1,
 ) -> tuple[Solution, str]:
     """Solve one matrix; say what was done otherwise than asked for, or nothing.

@@ -7,6 +7,7 @@ in both ways, with the weights exchanged in between.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.capture import BlockCall
+from ..nn_modules.qlinear.linear import dense_weight
 from ..nn_modules.unfused import find_unfused
 
 _LOOKED_AT = 1 << 20  # numbers of each tensor that are compared
@@ -44,6 +46,7 @@ class Exact:
     ) -> None:
         self.writers = writers
         self._block = block
+        self._linears = linears
         self._experts = tuple(f"{name}." for name in find_unfused(block))
         self._kept: list[tuple[nn.Module, Tensor]] = [
             (linear, _data(linear).clone()) for linear in linears.values()
@@ -114,6 +117,25 @@ class Exact:
             gap = gap * _slope(self._block.get_submodule(writer.norm), output).to(gap.dtype)
         return gap
 
+    def lack(
+        self,
+        name: str,
+        wanted: Tensor | None,  # [..., K] the linear's inputs in the full-precision model
+        x: Tensor,  # [..., K] and in the quantized one
+        exact: Tensor | None,  # [B, T, hidden] the full-precision model's residual stream
+        residual: Tensor | None,  # [B, T, hidden] and the quantized one's
+    ) -> Tensor | None:
+        """Give all that the outputs of a linear lack that writes to the residual stream.
+
+        That is its gap, and what they would be on the full-precision inputs.
+        """
+        gap = self.gap(name, wanted, exact, residual)
+        if gap is None or wanted is None:
+            return None
+        weight = dense_weight(self._linears[name])
+        drift = (wanted - x).flatten(0, -2)
+        return torch.addmm(gap.to(x.dtype).flatten(0, -2), drift, weight.t()).view_as(gap)
+
 
 def _slope(norm: nn.Module, x: Tensor) -> Tensor:
     """Give the inputs of a norm by its outputs: a size per token over a gain per channel."""
@@ -140,13 +162,18 @@ def find_writers(
     """Find the linears whose outputs, added to the block's input, make its output.
 
     Most blocks add what ``o_proj`` and ``down_proj`` put out, some through a norm or times a
-    factor.  Where something else comes in between there are none.  Runs one batch.
+    factor.  Where something else comes in between there are none, nor where one reads what another
+    linear reads, too.  Runs one batch.
     """
     found: dict[str, _Written] = {}
+    read: dict[str, Tensor] = {}  # by all linears; that they are held keeps their addresses apart
     handles = [
         module.register_forward_hook(_noting(name, name in linears, hidden.shape, found))
         for name, module in block.named_modules()
         if not any(module.children())
+    ]
+    handles += [
+        linear.register_forward_hook(_reading(name, read)) for name, linear in linears.items()
     ]
     try:
         result = block(hidden, *call.args, **call.kwargs)
@@ -164,11 +191,20 @@ def find_writers(
     left = (change - added @ shares).norm()
     if not left < _TOLERANCE * change.norm():
         return {}
-    return {
+    writers = {
         name: Writer(written.norm, share)
         for (name, written), share in zip(found.items(), shares.tolist(), strict=True)
         if share
     }
+    readers = Counter(x.data_ptr() for x in read.values())
+    return writers if all(readers[read[name].data_ptr()] == 1 for name in writers) else {}
+
+
+def _reading(name: str, read: dict[str, Tensor]) -> Any:
+    def hook(_linear: nn.Module, args: tuple[Any, ...], _output: Any) -> None:
+        read[name] = args[0]
+
+    return hook
 
 
 def _noting(name: str, is_linear: bool, shape: torch.Size, found: dict[str, _Written]) -> Any:

@@ -8,8 +8,9 @@ on when that linear has been solved.  Only one thread runs at a time.
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -98,6 +99,8 @@ def solve_in_one_pass(
         _forwards(block, feed, threads) as forwards,
         _forwards(block, feed.of_exact(), threads) as exacts,
     ):
+        for forward in forwards[len(exacts) :]:
+            forward.residual = None
         _all_go_on(forwards, exacts, exact)
         for group in groups:
             waiting = [forward for forward in forwards if forward.waits_before == group[0]]
@@ -106,13 +109,14 @@ def solve_in_one_pass(
             for part in feed.ranks.parts(len(forwards)):
                 some = hessian if part.start == 0 else Hessian(inputs, feed.hidden.device)
                 # Nobody waits where tokens are routed past an expert that the first batch met.
-                _add_inputs(some, forwards, exacts, part, group[0], exact)
+                _add_inputs(some, [forwards[i] for i in part], group[0])
                 if some is not hessian:
                     hessian.merge(some)
             together = {name: linears[name] for name in group}
-            yield from solve_together(together, hessian, options, feed.ranks)
-            also = [forward for forward in exacts if forward.waits_before == group[0]]
-            _all_go_on(waiting, also, exact)
+            solving = solve_together(together, hessian, options, feed.ranks)
+            compare = functools.partial(_compare, hessian, forwards, exacts, group[0], exact)
+            yield from _overtaking(compare, solving, feed.hidden.device)
+            _all_go_on(waiting, [], exact)
         feed.hidden[:] = [forward.result() for forward in forwards]
         feed.exact[:] = [forward.result() for forward in exacts]
     check_finite(feed)
@@ -127,24 +131,56 @@ def _all_go_on(forwards: Sequence[_Forward], exacts: Sequence[_Forward], exact: 
             forward.go_on()
 
 
-def _add_inputs(
+def _overtaking(
+    work: Callable[[], None], solving: Iterator[Solved], device: torch.device
+) -> list[Solved]:
+    """Give a GPU work, and solve meanwhile: that leaves much of the GPU idle, but goes first.
+
+    What the solver needs of that work it waits for by itself.
+    """
+    if device.type != "cuda":
+        work()
+        return list(solving)
+    usual, ahead = torch.cuda.current_stream(device), _stream_ahead(device)
+    ahead.wait_stream(usual)
+    work()
+    try:
+        with torch.cuda.stream(ahead):
+            return list(solving)
+    finally:
+        usual.wait_stream(ahead)
+
+
+@functools.cache  # memory that was used on one stream is kept for it
+def _stream_ahead(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-1)
+
+
+def _add_inputs(hessian: Hessian, forwards: Sequence[_Forward], name: str) -> None:
+    """Add the inputs that some passes hold before a linear."""
+    for forward in forwards:
+        if forward.waits_before == name and forward.input is not None:
+            hessian.add(forward.input, kept_tokens(forward.keep, forward.input))
+
+
+def _compare(
     hessian: Hessian,
     forwards: Sequence[_Forward],
     exacts: Sequence[_Forward],
-    part: range,
     name: str,
     exact: Exact,
 ) -> None:
-    """Add the inputs that some passes hold before a linear."""
-    for i in part:
-        forward, x = forwards[i], forwards[i].input
-        if forward.waits_before != name or x is None:
-            continue
-        wanted = gap = None
-        if i < len(exacts) and exacts[i].waits_before == name:
-            wanted = exact.matching(name, exacts[i].input, x, forward.tokens)
-            gap = exact.gap(name, wanted, exacts[i].residual, forward.residual)
-        hessian.add(x, kept_tokens(forward.keep, x), wanted, gap)
+    """Add what full-precision passes hold otherwise before a linear, and let them go on."""
+    for forward, other in zip(forwards, exacts, strict=False):
+        x = forward.input
+        if x is not None and forward.waits_before == other.waits_before == name:
+            wanted = exact.matching(name, other.input, x, forward.tokens)
+            lack = exact.lack(name, wanted, x, other.residual, forward.residual)
+            if wanted is not None:
+                hessian.compare(x, kept_tokens(forward.keep, x), wanted, lack)
+    if hessian.total.is_cuda:
+        hessian.compared = torch.cuda.current_stream(hessian.total.device).record_event()
+    _all_go_on([], [other for other in exacts if other.waits_before == name], exact)
 
 
 class _AbandonedError(Exception):
@@ -159,7 +195,8 @@ class _Forward:
     def __init__(self, block: nn.Module, hidden: Tensor, call: BlockCall, keep: Tensor | None):
         self.keep = keep
         self.tokens = hidden.shape[:-1].numel()
-        self.residual = hidden  # as far as the pass has come
+        # As far as the pass has come; None if nobody asks for it.
+        self.residual: Tensor | None = hidden
         self.waits_before: str | None = None
         self.input: Tensor | None = None  # of the linear it waits before
         self.read: dict[str, int] = {}  # where the input of each stop lay
@@ -188,7 +225,8 @@ class _Forward:
 
     def written(self, output: Tensor) -> None:
         """Follow the residual stream."""
-        self.residual = self.residual + output.reshape_as(self.residual)
+        if self.residual is not None:
+            self.residual = self.residual + output.reshape_as(self.residual)
 
     def stop_before(self, name: str, x: Tensor) -> None:
         """Hand control back to the main thread until it says to go on."""

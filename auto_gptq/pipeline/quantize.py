@@ -25,6 +25,7 @@ from ..quantization.config import BaseQuantizeConfig
 from ..quantization.solver import SolverOptions
 from .block import Feed, Solved, propagate, solve_step
 from .exact import Exact, Writer, find_writers
+from .fused import fused
 from .journal import Finished, Journal, describe_job, restore
 from .one_pass import fits_one_pass, reading_groups, solve_in_one_pass
 from .outlook import say_what_is_needed, warn_of_few_tokens
@@ -184,7 +185,7 @@ class _Run:
         name = f"{self.plan.prefix}.{index}"
         home = next(block.parameters()).device
         stored = self._stored(index, block, name)
-        with self.workplace.holds(block, name):
+        with self.workplace.holds(block, name), fused(block):
             try:
                 if stored is not None:
                     propagate(block, feed.of_exact())

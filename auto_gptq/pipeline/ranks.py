@@ -104,10 +104,10 @@ class Ranks:
         cuts = [0, batches // 2, batches] if self.count == 1 and batches > 1 else [0, batches]
         return [range(start, stop) for start, stop in pairwise(cuts)]
 
-    def sum_hessian(self, hessian: Hessian, with_drift: bool) -> None:
+    def sum_hessian(self, hessian: Hessian, with_pull: bool) -> None:
         """Add the other ranks' sums and numbers of tokens, in place."""
         if self.count > 1:
-            hessian.sum_over(dist.all_reduce, with_drift)
+            hessian.sum_over(dist.all_reduce, with_pull)
 
     def solve(
         self,

@@ -19,7 +19,8 @@ from ..errors import NumericsError
 from ..formats.gptq import trivial_g_idx
 from ..formats.grid import Grid, GridRule
 from ..kernels import gpu, ops, reference
-from .hessian import SAMPLED, Factor, Pull, factorize
+from .factor import Factor, factorize
+from .hessian import SAMPLED, Pull
 from .precision import tensor_cores
 
 # Columns that a GPU's kernel takes at a time.
@@ -78,7 +79,7 @@ def solve(
     weight: Tensor,  # [N, K] any float dtype
     hessian: Tensor,  # [K, K] fp32
     options: SolverOptions,
-    pull: Pull | None = None,
+    pull: Callable[[], Pull] | None = None,
     parts: int = 1,
 ) -> Solution:
     """Quantize one layer.
@@ -86,6 +87,7 @@ def solve(
     With a pull the target is not the weight itself but what brings the outputs nearer to what is
     wanted of them; ``loss`` then is the distance from that.
 
+    :param pull: called once the Hessian is factored: on a GPU it may still be summed up till then
     :param parts: parts of the rows whose products are taken apart, so that as many processes, each
         with one part, get the same codes: a product's last bits depend on its shape
     :raises NumericsError: if the weight or the Hessian holds NaN or infinity
@@ -101,13 +103,14 @@ def solve(
         ordered = hessian.index_select(0, order).index_select(1, order)
     factor = factorize(ordered, options.damp_percent)
     if pull is not None and options.correction:
-        if not is_finite(pull.whole):
+        pulled = pull()
+        if not is_finite(pulled.whole):
             raise NumericsError(
                 "The full-precision model's activations hold NaN or infinity. If it runs in "
                 "float16, load it with torch_dtype=torch.bfloat16 or torch.float32."
             )
-        every, inverse = slice(0, len(weight)), factor.inverse
-        shift = by_parts(lambda rows: _shift(pull.rows(rows), order, inverse), every, parts)
+        every = slice(0, len(weight))
+        shift = by_parts(lambda rows: _shift(pulled.rows(rows), order, factor), every, parts)
         target = target + options.correction * shift
 
     # The kernel takes each row by itself; elsewhere all is a product.
@@ -266,19 +269,17 @@ def _processing_order(hessian: Tensor, act_order: bool) -> Tensor:
 def _shift(
     pull: Pull,
     order: Tensor,  # [K]
-    inverse: Tensor,  # [K, K] the factor U in processing order
+    factor: Factor,  # in processing order
 ) -> Tensor:  # [N, K]
     """Give the change of the weight that meets a pull, as far as that is certain.
 
     With ``D = wanted - W X``, ``‖W X + D - Q X‖²`` is ``(W* - Q) H (W* - Q)ᵀ`` plus what does not
     depend on Q, where ``W* = W + (D Xᵀ) H⁻¹``.  Here ``(H + damping)⁻¹ = Uᵀ U``.
     """
-    white = pull.whole[:, order] @ inverse.t()
-    share = _certain(white[::SAMPLED], pull.doubt[:, order] @ inverse.t())
-    share = share.repeat_interleave(_ROWS_TOGETHER)[: len(white), None]
-    shift = torch.empty_like(white)
-    shift[:, order] = (share * white) @ inverse
-    return shift
+    white = factor.whiten(pull.whole[:, order])
+    share = _certain(white[::SAMPLED], factor.whiten(pull.doubt[:, order]))
+    white *= share.repeat_interleave(_ROWS_TOGETHER)[: len(white), None]
+    return factor.unwhiten(white)[:, torch.argsort(order)]
 
 
 def _certain(

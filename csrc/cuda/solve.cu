@@ -9,14 +9,24 @@ namespace {
 
 // ---- grids -------------------------------------------------------------------------------------
 
-constexpr int kFitOutputs = 32;  // outputs per block: the threads of a warp, so loads are contiguous
-constexpr int kFitFactors = 16;  // factors tried at the same time, one per warp
+constexpr int kFitOutputs = 32;   // outputs per block: the threads of a warp, so loads are contiguous
+constexpr int kMostWarps = 16;    // each tries one factor at a time
+constexpr int kFitColumns = 128;  // of a group that lie in shared memory at a time
 
-// One block: one group of columns, kFitOutputs outputs; thread (x, y) tries factor y on output x.
+struct FitMemory {
+  float weight[kFitColumns][kFitOutputs];
+  float importance[kFitColumns];
+  float lowest[kMostWarps][kFitOutputs];
+  float highest[kMostWarps][kFitOutputs];
+  float error[kMostWarps][kFitOutputs];
+  int factor[kMostWarps][kFitOutputs];
+};
+
+// One block: one group of columns, kFitOutputs outputs; warps share columns, then factors.
 __global__ void fit_grids_kernel(Fit fit) {
-  __shared__ float error_of[kFitFactors][kFitOutputs];
-  __shared__ int factor_of[kFitFactors][kFitOutputs];
-  const int64_t n = blockIdx.x * int64_t{kFitOutputs} + threadIdx.x;
+  __shared__ FitMemory shared;
+  const int x = threadIdx.x, y = threadIdx.y, warps = blockDim.y;
+  const int64_t n = blockIdx.x * int64_t{kFitOutputs} + x;
   const int64_t group = blockIdx.y;
   const int64_t first = group * fit.group_size;
   const int64_t last = min(first + fit.group_size, fit.columns);
@@ -25,37 +35,59 @@ __global__ void fit_grids_kernel(Fit fit) {
   const float* weight = fit.weight + (inside ? n : 0);
 
   float lowest = 0.0f, highest = 0.0f;
-#pragma unroll 16  // many loads in flight
-  for (int64_t i = first; i < last; ++i) {
+#pragma unroll 8  // many loads in flight
+  for (int64_t i = first + y; i < last; i += warps) {
     const float w = weight[i * fit.weight_stride];
     lowest = fminf(lowest, w);
     highest = fmaxf(highest, w);
   }
+  shared.lowest[y][x] = lowest;
+  shared.highest[y][x] = highest;
+  __syncthreads();
+  for (int other = 0; other < warps; ++other) {
+    lowest = fminf(lowest, shared.lowest[other][x]);
+    highest = fmaxf(highest, shared.highest[other][x]);
+  }
+
   float least = INFINITY;
   int best = 0;
-  for (int f = threadIdx.y; f < fit.candidates; f += kFitFactors) {
+  // All warps take part in every round, with nothing to try in the last one perhaps.
+  for (int round = 0; fit.candidates > 1 && round < fit.candidates; round += warps) {
+    const int f = round + y;
     float scale, zero, error = 0.0f;
-    span(fit, lowest, highest, fit.factors[f], scale, zero);
+    span(fit, lowest, highest, fit.factors[f < fit.candidates ? f : 0], scale, zero);
     const float inverse = __frcp_rn(scale);
+    for (int64_t start = first; start < last; start += kFitColumns) {
+      const int columns = static_cast<int>(min(int64_t{kFitColumns}, last - start));
+      __syncthreads();
 #pragma unroll 8
-    for (int64_t i = first; i < last; ++i) {
-      const float w = weight[i * fit.weight_stride];
-      const float code = fminf(fmaxf(rintf(w * inverse) + zero, 0.0f), maxq);
-      const float missed = w - (code - zero) * scale;
-      error += fit.importance[i] * (missed * missed);
+      for (int i = y; i < columns; i += warps) {
+        shared.weight[i][x] = weight[(start + i) * fit.weight_stride];
+      }
+      for (int i = y * kFitOutputs + x; i < columns; i += warps * kFitOutputs) {
+        shared.importance[i] = fit.importance[start + i];
+      }
+      __syncthreads();
+#pragma unroll 8
+      for (int i = 0; i < columns; ++i) {
+        const float w = shared.weight[i][x];
+        const float code = fminf(fmaxf(round_to_even(w * inverse) + zero, 0.0f), maxq);
+        const float missed = w - (code - zero) * scale;
+        error += shared.importance[i] * (missed * missed);
+      }
     }
-    if (error < least) {
+    if (f < fit.candidates && error < least) {
       least = error;
       best = f;
     }
   }
-  error_of[threadIdx.y][threadIdx.x] = least;
-  factor_of[threadIdx.y][threadIdx.x] = best;
+  shared.error[y][x] = least;
+  shared.factor[y][x] = best;
   __syncthreads();
-  if (threadIdx.y != 0 || !inside) return;
-  for (int y = 1; y < kFitFactors && y < fit.candidates; ++y) {
-    const float error = error_of[y][threadIdx.x];
-    const int f = factor_of[y][threadIdx.x];
+  if (y != 0 || !inside) return;
+  for (int other = 1; other < warps; ++other) {
+    const float error = shared.error[other][x];
+    const int f = shared.factor[other][x];
     if (error < least || (error == least && f < best)) {
       least = error;
       best = f;
@@ -164,8 +196,12 @@ const char* auto_gptq_cuda_fit_grids(const Fit* fit, void* stream) {
   if (groups == 0 || fit->n == 0) return nullptr;
   const dim3 grid(static_cast<unsigned>((fit->n + kFitOutputs - 1) / kFitOutputs),
                   static_cast<unsigned>(groups));
-  fit_grids_kernel<<<grid, dim3(kFitOutputs, kFitFactors), 0, static_cast<cudaStream_t>(stream)>>>(
-      *fit);
+  // As few warps without a factor to try as there can be.
+  const int64_t rounds = (fit->candidates + kMostWarps - 1) / kMostWarps;
+  const int64_t warps =
+      fit->candidates > 1 ? (fit->candidates + rounds - 1) / rounds : int64_t{kMostWarps};
+  fit_grids_kernel<<<grid, dim3(kFitOutputs, static_cast<unsigned>(warps)), 0,
+                     static_cast<cudaStream_t>(stream)>>>(*fit);
   return outcome(cudaGetLastError());
 }
 

@@ -178,7 +178,7 @@ __device__ __forceinline__ void fit_groups(
 #pragma unroll 8
       for (int i = start; i < stop; ++i) {
         const float w = shared.weight[i][row];
-        const float code = fminf(fmaxf(rintf(w * inverse) + zero, 0.0f), maxq);
+        const float code = fminf(fmaxf(round_to_even(w * inverse) + zero, 0.0f), maxq);
         const float missed = w - (code - zero) * scale;
         error += shared.importance[i] * (missed * missed);
       }
@@ -208,10 +208,6 @@ __device__ __forceinline__ void fit_groups(
     __syncthreads();
   }
 }
-
-// The nearest whole number, half to even, in a third of the time that rintf takes; where x is too
-// large for it, so is the result, and the code is cut off.
-__device__ __forceinline__ float round_to_even(float x) { return (x + 12582912.0f) - 12582912.0f; }
 
 // Quantize the columns one by one: a thread per row holds 32 of them in registers; then all threads
 // take the errors of these to the columns behind them.  The chain from one column to the next is

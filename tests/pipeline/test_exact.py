@@ -11,11 +11,12 @@ from torch import Tensor
 
 from auto_gptq import BaseQuantizeConfig
 from auto_gptq.architectures import find
-from auto_gptq.calibration.capture import capture
+from auto_gptq.calibration.capture import BlockCall, capture
 from auto_gptq.calibration.examples import make_batches
 from auto_gptq.modeling import BaseGPTQForCausalLM
 from auto_gptq.nn_modules.experts import unfuse
-from auto_gptq.nn_modules.surgery import dequantize, find_linears
+from auto_gptq.nn_modules.qlinear.linear import dense_weight
+from auto_gptq.nn_modules.surgery import dequantize, features, find_linears
 from auto_gptq.nn_modules.unfused import find_unfused
 from auto_gptq.pipeline.exact import Exact, Writer, find_writers
 from tests.tiny import tiny_examples, tiny_model
@@ -92,6 +93,48 @@ def test_original_weights_come_back_for_a_while_only() -> None:
     assert torch.allclose(hidden + seen[0] + seen[1], before, atol=1e-5)
     assert torch.equal(block(hidden, *call.args, **call.kwargs), after)
     assert len(seen) == 2
+
+
+@torch.no_grad()
+def test_where_a_writer_shares_its_input_there_are_none() -> None:
+    """Its outputs alone are compared, and those of the other linear would be left out."""
+
+    class Twice(torch.nn.Module):
+        def __init__(self, shared: bool) -> None:
+            super().__init__()
+            self.one, self.other = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
+            self.shared = shared
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.one(x) + self.other(x if self.shared else x.clone())
+
+    x = torch.randn(2, 8, 16)
+    for shared, writers in ((False, {"one": Writer(), "other": Writer()}), (True, {})):
+        block = Twice(shared)
+        assert find_writers(block, find_linears(block), x, BlockCall((), {})) == writers
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])  # gpt2's weights are transposed
+def test_outputs_lack_the_full_precision_ones_and_what_the_stream_has_lost(model_type: str) -> None:
+    block, hidden, _call = first_block(tiny_model(model_type, torch.float32))
+    linears = find_linears(block)
+    writer = list(WRITERS[model_type])[1]
+    exact = Exact(block, linears, WRITERS[model_type])
+    width = features(linears[writer])[0]
+    x, wanted = torch.randn(2, *hidden.shape[:-1], width)
+    residual, exact_residual = torch.randn(2, *hidden.shape)
+    streams = exact_residual, residual
+    lack = exact.lack(writer, wanted, x, *streams)
+    weight = dense_weight(linears[writer]).double()
+    expected = (wanted - x).double() @ weight.t() + (exact_residual - residual)
+    assert lack is not None and torch.allclose(lack.double(), expected, atol=1e-5)
+    flat = wanted.view(-1, width), x.view(-1, width)  # some models flatten batch and time
+    lack = exact.lack(writer, *flat, *streams)
+    assert lack is not None and torch.allclose(lack.double(), expected.flatten(0, 1), atol=1e-5)
+    reader = next(name for name in linears if name not in WRITERS[model_type])
+    assert exact.lack(reader, wanted, x, *streams) is None
+    assert exact.lack(writer, None, x, *streams) is None
 
 
 def test_experts_are_not_compared() -> None:

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from auto_gptq.errors import FactorizationError, NumericsError
 from auto_gptq.formats.grid import GridRule
-from auto_gptq.quantization.hessian import Hessian, Pull, factorize, invert_upper
+from auto_gptq.quantization.factor import factorize, invert_upper
+from auto_gptq.quantization.hessian import Hessian, Pull
 from auto_gptq.quantization.solver import (
     SolverOptions,
     round_to_nearest,
@@ -109,14 +110,15 @@ def test_a_corrected_weight_gives_the_outputs_of_the_full_precision_model(act_or
     exact = torch.randn(9000, 160) * torch.linspace(0.3, 2, 160)
     x = exact + 0.3 * exact @ torch.randn(160, 160) / 160**0.5  # of the quantized model
     hessian = Hessian(160, x.device)
-    hessian.add(x.view(9, 1000, 160), None, exact.view(9, 1000, 160))
+    hessian.add(x.view(9, 1000, 160))
+    hessian.compare(x.view(9, 1000, 160), None, exact.view(9, 1000, 160))
     options = SolverOptions(GridRule(8), 32, 1e-4, act_order=act_order, static_groups=True)
     wanted = exact @ weight.t()
 
     def missed(correction: float) -> float:
         changed = dataclasses.replace(options, correction=correction)
         pull = Pull(hessian.pull(weight), hessian.doubt(weight))
-        found = solve(weight, hessian.mean(), changed, pull).dequantize()
+        found = solve(weight, hessian.mean(), changed, lambda: pull).dequantize()
         return float((x @ found.t() - wanted).norm() / wanted.norm())
 
     best = torch.linalg.lstsq(x, wanted).solution  # nothing linear can do better than that
@@ -126,6 +128,37 @@ def test_a_corrected_weight_gives_the_outputs_of_the_full_precision_model(act_or
     assert missed(0.5) == pytest.approx(missed(0.0) / 2, rel=0.2)
 
 
+@pytest.mark.parametrize("parts", [1, 2], ids=["at once", "merged"])
+def test_a_pull_is_the_mean_of_what_outputs_lack_times_inputs(parts: int) -> None:
+    """Said of the inputs or of the outputs; each half of a batch is summed up apart."""
+    weight = torch.randn(24, 40)
+    exact, x = torch.randn(2, 4, 50, 40)
+    keep = torch.rand(4, 50) < 0.8
+    lack = (exact - x) @ weight.t()
+    by_inputs, by_outputs = Hessian(40, x.device), Hessian(40, x.device)
+    for part in torch.arange(4).chunk(parts):
+        for whole, more in ((by_inputs, None), (by_outputs, lack[part])):
+            some = Hessian(40, x.device)
+            some.add(x[part], keep[part])
+            some.compare(x[part], keep[part], exact[part], more)
+            whole.merge(some)
+    by_outputs.add(x, keep)  # tokens that nobody has compared
+    doubts = torch.zeros(24, 40, dtype=torch.float64)
+    for part in torch.arange(4).chunk(parts):
+        rows, lacks = x[part][keep[part]].double(), lack[part][keep[part]].double()
+        half = len(rows) // 2
+        doubts += lacks[:half].t() @ rows[:half] - lacks[half:].t() @ rows[half:]
+    expected = lack[keep].double().t() @ x[keep].double() / keep.sum()
+    some_rows = slice(8, 24)
+    for hessian in (by_inputs, by_outputs):
+        assert hessian.is_compared
+        assert torch.allclose(hessian.pull(weight).double(), expected, atol=1e-5)
+        assert torch.allclose(hessian.pull(weight, some_rows).double(), expected[8:], atol=1e-5)
+        doubt = hessian.doubt(weight, some_rows).double()
+        assert torch.allclose(doubt, doubts[8::8] / keep.sum(), atol=1e-5)
+    assert by_outputs.tokens == 2 * by_inputs.tokens
+
+
 def test_what_few_tokens_say_by_chance_is_not_followed() -> None:
     """Noise as large as the drift must not spoil the outputs, on tokens that were not seen."""
     weight = torch.randn(24, 160)
@@ -133,11 +166,12 @@ def test_what_few_tokens_say_by_chance_is_not_followed() -> None:
     exact = torch.randn(2, 400, 160)
     noisy = exact + exact @ turn + 0.6 * torch.randn(2, 400, 160)
     hessian = Hessian(160, exact.device)
-    hessian.add(noisy[0], None, exact[0])
+    hessian.add(noisy[0])
+    hessian.compare(noisy[0], None, exact[0])
     options = SolverOptions(GridRule(8), 32, 1e-4, static_groups=True, correction=1.0)
     pull = Pull(hessian.pull(weight), hessian.doubt(weight))
     followed = pull.whole @ torch.linalg.inv(hessian.mean())  # all that it says
-    careful = solve(weight, hessian.mean(), options, pull).dequantize()
+    careful = solve(weight, hessian.mean(), options, lambda: pull).dequantize()
 
     def missed(changed: Tensor) -> float:
         return float((noisy[1] @ changed.t() - exact[1] @ weight.t()).norm())
@@ -206,7 +240,7 @@ def test_nan_and_infinity_are_refused(bad: float) -> None:
         solve(weight, hessian.index_fill(0, torch.tensor([5]), bad), options)
     with pytest.raises(NumericsError, match="full-precision model's activations"):
         corrected = dataclasses.replace(options, correction=0.5)
-        solve(weight, hessian, corrected, Pull(torch.full_like(weight, bad), weight[::8]))
+        solve(weight, hessian, corrected, lambda: Pull(torch.full_like(weight, bad), weight[::8]))
     weight[1, 2] = bad
     with pytest.raises(NumericsError, match="weight holds NaN or infinity"):
         solve(weight, hessian, options)
