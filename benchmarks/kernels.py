@@ -7,6 +7,7 @@ front has ended), and weights that change from call to call, so that none is in 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -95,19 +96,25 @@ def ours(x: Tensor, k: int, n: int, kind: Kind) -> tuple[Product, int]:
     return lambda i: torch.ops.auto_gptq.q_matmul(x, *weights[i], None, *settings), count
 
 
-def humming(x: Tensor, k: int, n: int, kind: Kind) -> tuple[Product, int]:
-    """Multiply by Humming's layer with its own choice of kernel, compiled when first used."""
+@functools.cache  # to quantize them takes longer than to measure
+def humming_layers(k: int, n: int, kind: Kind) -> list[Any]:
+    """Give Humming's layers of random weights; those for any number of rows are the same."""
     from humming.layer import HummingLayer
 
     settings = {"dtype": f"int{kind.bits}", "group_size": max(kind.group_size, 0)}
-    count = min(copies(k * n * kind.bits / 8), 16)  # each is quantized from a dense weight
     layers = []
-    for _ in range(count):
-        layer = HummingLayer(n, k, dict(settings), torch_dtype=x.dtype).cuda()
-        layer.load_from_unquantized(torch.randn(n, k, device=x.device, dtype=x.dtype))
+    for _ in range(min(copies(k * n * kind.bits / 8), 16)):
+        layer = HummingLayer(n, k, dict(settings), torch_dtype=torch.float16).cuda()
+        layer.load_from_unquantized(torch.randn(n, k, device="cuda", dtype=torch.float16))
         layer.transform()
         layers.append(layer)
-    return lambda i: layers[i](x), count
+    return layers
+
+
+def humming(x: Tensor, k: int, n: int, kind: Kind) -> tuple[Product, int]:
+    """Multiply by Humming's layer with its own choice of kernel, compiled when first used."""
+    layers = humming_layers(k, n, kind)
+    return lambda i: layers[i](x), len(layers)
 
 
 def capture(product: Product, count: int, stream: torch.cuda.Stream) -> tuple[Any, int]:

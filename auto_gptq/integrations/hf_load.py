@@ -299,7 +299,10 @@ def _mark_initialized(
 
 
 def _restore_dtypes(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Cast what transformers before 5.20 left in the checkpoint's dtype because it was renamed."""
+    """Cast what transformers before 5.20 left in the checkpoint's dtype because it was renamed.
+
+    An offloaded parameter is on the meta device; accelerate casts what it fetches to its dtype.
+    """
     from transformers.quantizers.base import HfQuantizer
 
     if hasattr(HfQuantizer, "get_new_dtype") or not hasattr(model, "_get_dtype_plan"):
@@ -308,5 +311,5 @@ def _restore_dtypes(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
     for name, parameter in model.named_parameters():
         wanted = dtypes.get(name, parameter.dtype)
         is_kept = any(re.search(pattern, name) for pattern in kept)
-        if parameter.dtype != wanted and not parameter.is_meta and not is_kept:
+        if parameter.dtype != wanted and not is_kept:
             parameter.data = parameter.data.to(wanted)

@@ -22,7 +22,7 @@ from ..quantization.hessian import Hessian, Pull
 from ..quantization.precision import tensor_cores
 from ..quantization.solver import Solution, SolverOptions, by_parts, is_finite
 from .careful import solve_carefully
-from .exact import Exact, gap_before
+from .exact import Exact
 from .ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def solve_step(
     Linears that read the same tensor share one Hessian, and those with the same options also one
     factorization.
     """
-    exact = exact or Exact(block, {}, [])
+    exact = exact or Exact(block, {}, {})
     collector = _Collector(linears, exact)
     with collector.hooked(), exact.watched(collector.written):
         starts = [part.start for part in feed.ranks.parts(len(feed.hidden))]
@@ -275,8 +275,7 @@ class _Collector:
     def _hook(self, name: str) -> Any:
         def note(_linear: nn.Module, args: Sequence[Tensor]) -> None:
             if self._is_exact:
-                residual = self._residual if name in self.exact.writers else None
-                self._exact[name] = args[0], residual
+                self._exact[name] = args[0], self._residual
             else:
                 self._add(name, args[0])
             self._waiting.discard(name)
@@ -294,7 +293,7 @@ class _Collector:
             if sharing.names[0] == name:
                 noted, residual = self._exact.get(name, (None, None))
                 exact = self.exact.matching(name, noted, x, self._tokens)
-                gap = None if exact is None else gap_before(residual, self._residual, x)
+                gap = self.exact.gap(name, exact, residual, self._residual)
                 sharing.hessian.add(x, kept_tokens(self.keep, x), exact, gap)
 
     def _assign(self, name: str, x: Tensor) -> None:

@@ -32,7 +32,7 @@ from .block import (
     run_block,
     solve_together,
 )
-from .exact import Exact, gap_before
+from .exact import Exact
 
 # Activations alive in a stopped pass, in units of the widest input and twice the hidden size:
 # the residual, the linear's input, and what the model keeps beside them.
@@ -91,7 +91,7 @@ def solve_in_one_pass(
     stops = {group[0]: (linears[group[0]], _stop_before(group[0])) for group in groups}
     for group in groups:  # blocks of one class are taken to read alike; here that is checked
         stops |= {name: (linears[name], _read_as(group[0], name)) for name in group[1:]}
-    exact = exact or Exact(block, {}, [])
+    exact = exact or Exact(block, {}, {})
     with (
         _hooked(stops),
         exact.watched(_written),
@@ -143,8 +143,7 @@ def _add_inputs(
         wanted = gap = None
         if i < len(exacts) and exacts[i].waits_before == name:
             wanted = exact.matching(name, exacts[i].input, x, forward.tokens)
-        if wanted is not None and name in exact.writers:
-            gap = gap_before(exacts[i].residual, forward.residual, x)
+            gap = exact.gap(name, wanted, exacts[i].residual, forward.residual)
         hessian.add(x, kept_tokens(forward.keep, x), wanted, gap)
 
 

@@ -24,7 +24,7 @@ from ..nn_modules.unfused import calibrating
 from ..quantization.config import BaseQuantizeConfig
 from ..quantization.solver import SolverOptions
 from .block import Feed, Solved, propagate, solve_step
-from .exact import Exact, find_writers
+from .exact import Exact, Writer, find_writers
 from .journal import Finished, Journal, describe_job, restore
 from .one_pass import fits_one_pass, reading_groups, solve_in_one_pass
 from .outlook import say_what_is_needed, warn_of_few_tokens
@@ -132,7 +132,7 @@ class _Run:
     exact: Activations = field(default_factory=Activations.none)
     # Which linears read one tensor, by class of block and names of linears.
     readings: dict[_Kind, list[list[str]]] = field(default_factory=dict)
-    writers: dict[_Kind, list[str]] = field(default_factory=dict)  # to the residual stream
+    writers: dict[_Kind, dict[str, Writer]] = field(default_factory=dict)  # to the residual stream
 
     def all_blocks(self, show_progress: bool | None) -> list[ModuleReport]:
         """Quantize the blocks one after another, and the output head if that is asked for."""

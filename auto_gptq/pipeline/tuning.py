@@ -85,7 +85,7 @@ def tune_block(
     """Give better integers for a block's linears, and leave their weights in the block.
 
     The block runs in fp32.  One batch is one step.  GPTQ's integers stay where the tuned ones are
-    no better on the batches that are held out, or on all where there are few.
+    no better on the batches that are held out.
     """
     run = _Fp32Run(block, feed, wanted)
     learnt, judged = held_out(len(wanted))
@@ -166,10 +166,10 @@ class _Fp32Run:
 
 
 def held_out(batches: int) -> tuple[list[int], list[int]]:
-    """Part batches into those to learn from and those to judge by; the same ones if few."""
-    judged = range(_HELD_OUT - 1, batches, _HELD_OUT)
+    """Part batches into those to learn from and those to judge by; a lone one is both."""
+    judged = range(min(_HELD_OUT, batches) - 1, batches, _HELD_OUT)
     learnt = [i for i in range(batches) if i not in judged]
-    return learnt, list(judged) or learnt
+    return learnt or list(judged), list(judged)
 
 
 def inputs_together(g_idx: Tensor) -> int:

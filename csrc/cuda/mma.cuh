@@ -49,15 +49,14 @@ __device__ __forceinline__ void mma<__nv_bfloat16>(float (&c)[4],
 #endif
 }
 
+// To be given up first, as createpolicy.fractional.L2::evict_first makes it.  It comes as an
+// argument of the kernel: where ptxas 13.0 folds createpolicy itself, it loses the value in some
+// loops.
+constexpr uint64_t kEvictFirst = 0x12f0000000000000;
+
 // Copies from global to shared memory that a thread waits for in the order of their groups.  Before
 // sm_80 they are loads and stores, and there is nothing to wait for.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-__device__ __forceinline__ uint64_t evict_first() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
 __device__ __forceinline__ void copy_once(uint32_t to, const void* from, uint64_t policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                "l"(policy)
@@ -83,7 +82,6 @@ __device__ __forceinline__ void wait_for_groups() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 #else
-__device__ __forceinline__ uint64_t evict_first() { return 0; }
 __device__ __forceinline__ void copy_or_clear(uint32_t to, const void* from, bool exists) {
   const uint4 v = exists ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z),

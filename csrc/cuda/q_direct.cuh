@@ -1,10 +1,9 @@
 // y = x W^T for 9 to 16 rows of x where two tiles always share a scale.
 //
-// As q_small.cuh, but codes and x go from global memory into registers: with twice the products per
-// code there is time enough for that, and x of 16 rows would fill shared memory.
+// As q_small.cuh, but codes as well go from global memory straight into registers.
 #pragma once
 
-#include "q_small.cuh"
+#include "q_small_start.cuh"
 
 namespace auto_gptq {
 
@@ -16,19 +15,18 @@ struct Held {
   uint32_t zero[RW][2];
 };
 
-// AHEAD: units that are held in registers.
-template <int BITS, typename T, int RW, int AHEAD, int THREADS>
-__global__ void __launch_bounds__(THREADS) q_direct(const __grid_constant__ Small task) {
+template <int BITS, typename T, int RW>
+__global__ void __launch_bounds__(512) q_direct(const __grid_constant__ Small task) {
   constexpr int NT = 2;
-  using Kernel = SmallKernel<BITS, T, NT, RW, 2, kPair>;
+  using Kernel = SmallBlock<BITS, T, NT, RW, 1>;
   extern __shared__ __align__(16) char memory[];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = THREADS / 32;
-  const Kernel kernel(task, memory, warp);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const Kernel kernel(task, memory);
   const int first = task.units * warp / warps, last = task.units * (warp + 1) / warps;
   const int row = kernel.first_row + lane / 4;
   const uint32_t* tiles =
       task.tiles + static_cast<int64_t>(kernel.first_row / kSide) * task.k_tiles * (128 * BITS);
-  Held<BITS, RW> held[AHEAD];
+  Held<BITS, RW> held;
   const auto hold = [&](Held<BITS, RW>& h, int unit) {
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
@@ -50,104 +48,79 @@ __global__ void __launch_bounds__(THREADS) q_direct(const __grid_constant__ Smal
     }
   };
   let_next_kernel_start();
-#pragma unroll
-  for (int i = 0; i < AHEAD; ++i) {
-    if (first + i < last) {
-      hold(held[i], first + i);
-    }
+  if (first < last) {
+    hold(held, first);
   }
   wait_for_previous_kernel();
-  const T* x[NT];  // rows beyond M only reach columns that nobody writes
-#pragma unroll
-  for (int t = 0; t < NT; ++t) {
-    const int64_t of = min(8 * t + lane / 4, task.m - 1);
-    x[t] = static_cast<const T*>(task.x) + of * task.k + lane % 4 * 16;
-  }
-  const uint32_t one = Pairs<T>::constant(1.0f), all_ones[4] = {one, one, one, one};
   float total[RW][NT][4] = {};
 #pragma unroll 1
-  for (int base = first; base < last; base += AHEAD) {
+  for (int unit = first; unit < last; ++unit) {
+    float sum[RW][NT][4] = {}, of_x[NT][2];
+    typename Kernel::SumsOfX sums_of_x = {};
 #pragma unroll
-    for (int ahead = 0; ahead < AHEAD; ++ahead) {
-      const int unit = base + ahead;
-      if (unit >= last) {
-        break;
+    for (int tile = 0; tile < 2; ++tile) {
+      uint32_t b[NT][8];
+      kernel.load_x(b, 2 * unit + tile);
+      Kernel::template add_x<4>(sums_of_x, b, 0);
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+#pragma unroll
+        for (int r = 0; r < RW; ++r) {
+          uint32_t a[4];
+          Raw<BITS, T>::operand(held.codes[tile][r], s, a);
+#pragma unroll
+          for (int t = 0; t < NT; ++t) {
+            mma<T>(sum[r][t], a, b[t][2 * s], b[t][2 * s + 1]);
+          }
+        }
       }
-      Held<BITS, RW>& h = held[ahead];
-      float sum[RW][NT][4] = {}, ones[NT][4] = {};
+    }
+    kernel.own_rows(of_x, sums_of_x);
 #pragma unroll
-      for (int tile = 0; tile < 2; ++tile) {
-        uint32_t b[NT][8];
+    for (int r = 0; r < RW; ++r) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float scale = task.scale_type == kFloat16
+                                ? __half2float(__ushort_as_half(held.scale[r][i]))
+                                : __uint_as_float(held.scale[r][i] << 16);
+        const float taken =
+            -(Raw<BITS, T>::base() + Raw<BITS, T>::unit(i) * static_cast<float>(held.zero[r][i]));
 #pragma unroll
         for (int t = 0; t < NT; ++t) {
-          const uint4* from = reinterpret_cast<const uint4*>(x[t] + unit * 128 + tile * 64);
-          const uint4 u = from[0], v = from[1];
-          b[t][0] = u.x, b[t][1] = u.y, b[t][2] = u.z, b[t][3] = u.w;
-          b[t][4] = v.x, b[t][5] = v.y, b[t][6] = v.z, b[t][7] = v.w;
-        }
 #pragma unroll
-        for (int s = 0; s < 4; ++s) {
-#pragma unroll
-          for (int t = 0; t < NT; ++t) {
-            mma<T>(ones[t], all_ones, b[t][2 * s], b[t][2 * s + 1]);
-          }
-#pragma unroll
-          for (int r = 0; r < RW; ++r) {
-            uint32_t a[4];
-            Raw<BITS, T>::operand(h.codes[tile][r], s, a);
-#pragma unroll
-            for (int t = 0; t < NT; ++t) {
-              mma<T>(sum[r][t], a, b[t][2 * s], b[t][2 * s + 1]);
-            }
+          for (int c = 0; c < 2; ++c) {
+            total[r][t][2 * i + c] += scale * (sum[r][t][2 * i + c] + taken * of_x[t][c]);
           }
         }
       }
-#pragma unroll
-      for (int r = 0; r < RW; ++r) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float scale = task.scale_type == kFloat16
-                                  ? __half2float(__ushort_as_half(h.scale[r][i]))
-                                  : __uint_as_float(h.scale[r][i] << 16);
-          const float taken = -(Raw<BITS, T>::base() +
-                                Raw<BITS, T>::unit(i) * static_cast<float>(h.zero[r][i]));
-#pragma unroll
-          for (int t = 0; t < NT; ++t) {
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-              total[r][t][2 * i + c] += scale * (sum[r][t][2 * i + c] + taken * ones[t][c]);
-            }
-          }
-        }
-      }
-      if (unit + AHEAD < last) {
-        hold(h, unit + AHEAD);
-      }
+    }
+    if (unit + 1 < last) {
+      hold(held, unit + 1);
     }
   }
   kernel.put(total);
   __syncthreads();
-  kernel.write(memory, warps);
+  kernel.write();
 }
 
-// 32 outputs a block and 16 warps: with 64 outputs, or with 8 warps that hold two units each, a
-// processor has registers for 8 warps only, which took 1.4 times as long per weight on an H100.
+// 32 outputs a block: with 64, or with two units held, a processor has registers for fewer warps,
+// which took 1.4 times as long per weight on an H100.
 template <int BITS, typename T>
-const char* start_direct(const Product& product, cudaStream_t stream) {
-  constexpr int RW = 2, AHEAD = 1, THREADS = 512;
+const char* start_direct(const Product& product, SmallConfig config, cudaStream_t stream) {
+  constexpr int RW = 2;
   Small task = describe(product);
   task.units = task.k_tiles / 2;
   set_groups(task, product.weight.group_size / 128);
   task.warp_bytes = RW * 2 * 512;
-  return launch(q_direct<BITS, T, RW, AHEAD, THREADS>, task, task.scale_stride / (16 * RW), THREADS,
-                THREADS / 32 * task.warp_bytes, stream);
+  return launch_small(q_direct<BITS, T, RW>, task, task.scale_stride / (16 * RW), config.warps,
+                      config.warps * task.warp_bytes, stream);
 }
 
 // Whole pairs of tiles with one 16-bit scale per output.
 inline bool fits_direct(const Product& product) {
   const Tiled& weight = product.weight;
-  return product.m > 8 && weight.scale_type != kFloat32 && weight.k % 128 == 0 &&
-         weight.group_size % 128 == 0;
+  return product.m > 8 && weight.n <= 8192 && weight.scale_type != kFloat32 &&
+         weight.k % 128 == 0 && weight.group_size % 128 == 0;
 }
 
 }  // namespace auto_gptq

@@ -12,9 +12,10 @@ const char* auto_gptq_cuda_gather(const auto_gptq::Product* product, void* strea
 // Bytes of x in the order of the tiles; 0 if that is its own.
 int64_t auto_gptq_cuda_sorted_x_bytes(const auto_gptq::Product* product);
 
-// Some dozen rows of x, sm_80 and later (q_mma.cu).
-const char* auto_gptq_cuda_q_mma(const auto_gptq::Product* product, void* stream);
-int64_t auto_gptq_cuda_q_mma_bytes(const auto_gptq::Product* product);
+// Some dozen rows of x, sm_80 and later (q_mma.cu).  Exported for tests: on Hopper the table prefers
+// others.
+AUTO_GPTQ_API const char* auto_gptq_cuda_q_mma(const auto_gptq::Product* product, void* stream);
+AUTO_GPTQ_API int64_t auto_gptq_cuda_q_mma_bytes(const auto_gptq::Product* product);
 
 // Some dozen to some hundred rows of x, sm_90 alone (q_wgmma_sm90.cu).
 const char* auto_gptq_cuda_q_wgmma(const auto_gptq::Product* product, void* stream);

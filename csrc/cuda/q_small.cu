@@ -15,41 +15,51 @@ namespace {
 
 // Measured on an H100, weights in no cache; the first row that a product fits is taken.
 struct Row {
-  int64_t most_n;  // outputs
-  int64_t most_k;  // inputs
+  int32_t least_bits, most_bits;
+  int64_t least_m, most_m;  // rows of x
+  int64_t most_n;           // outputs
+  int64_t most_k;           // inputs
   SmallConfig config;
 };
 
 constexpr int64_t kAny = INT64_MAX;
 
 // What is in flight counts, and whether there are blocks for all processors: few outputs are parted
-// finely, and more warps share out the inputs.
+// finely, and more warps share out the inputs.  Where the outputs are many, blocks wait for each
+// other less if they are small and leave the cache to x.
 constexpr Row kTable[] = {
-    {2048, kAny, {1, 16}},
-    {4096, 4096, {4, 16}},
-    {4096, kAny, {2, 16}},
-    {8192, kAny, {4, 16}},
-    {kAny, kAny, {4, 8}},
+    {2, 8, 9, 16, 4096, kAny, {2, 16, true}}, {8, 8, 9, 16, 8192, kAny, {2, 16, true}},
+    {2, 8, 9, 16, 8192, kAny, {2, 8, true}},  {2, 8, 9, 16, 16384, kAny, {2, 4, true}},
+    {2, 8, 9, 16, kAny, kAny, {4, 4, true}},  {8, 8, 1, 8, 2048, kAny, {1, 8, false}},
+    {8, 8, 1, 8, 4096, 4096, {2, 12, true}},  {8, 8, 1, 8, kAny, kAny, {4, 16, false}},
+    {2, 4, 1, 8, 2048, kAny, {1, 16, false}}, {4, 4, 1, 1, 4096, 4096, {4, 16, false}},
+    {4, 4, 2, 8, 4096, 4096, {2, 8, true}},   {2, 3, 1, 8, 4096, 4096, {2, 16, true}},
+    {2, 4, 1, 8, 4096, kAny, {2, 12, true}},  {4, 4, 1, 8, 8192, kAny, {4, 16, true}},
+    {2, 4, 1, 8, kAny, kAny, {4, 8, true}},
 };
-// From 9 rows of x on, and for 8 bits, there is less room for codes; small groups and few bits want
-// more warps that decode.
-constexpr SmallConfig kManyRows{2, 8}, kEightBits{1, 8}, kFewBytes{2, 16};
+// Small groups want more warps that decode; x out of order wants few blocks that sort it.
+constexpr SmallConfig kSmallGroups{2, 16, false}, kOutOfOrder{4, 16, false},
+    kManyOutOfOrder{4, 8, false};
+
+// Whether every block brings x into order for itself: a kernel of its own for that costs more than
+// most of these products.
+bool sorts_inside(const Product& product) {
+  const int64_t bytes = 2 * product.m * product.weight.k;
+  return product.weight.perm && product.m <= 4 && bytes <= current_device().shared_bytes / 2;
+}
 
 SmallConfig choose(const Product& product) {
   const Tiled& weight = product.weight;
-  // x of many rows takes the room of codes: two blocks of a processor are then worth more.
-  const bool is_small = weight.n > 2048 && weight.n <= 4096 && weight.k <= 4096;
-  if (product.m > 8 || (product.m > 4 && is_small)) {
-    return kManyRows;
+  if (weight.perm) {
+    return weight.n <= 8192 ? kOutOfOrder : kManyOutOfOrder;
   }
-  if (weight.run != 64 || (weight.bits < 4 && weight.n > 2048 && weight.n <= 4096)) {
-    return kFewBytes;
-  }
-  if (weight.bits == 8) {
-    return kEightBits;
+  if (weight.run != 64) {
+    return kSmallGroups;
   }
   const auto fits = [&](const Row& row) {
-    return weight.n <= row.most_n && weight.k <= row.most_k;
+    return weight.bits >= row.least_bits && weight.bits <= row.most_bits &&
+           product.m >= row.least_m && product.m <= row.most_m && weight.n <= row.most_n &&
+           weight.k <= row.most_k;
   };
   return std::find_if(std::begin(kTable), std::end(kTable), fits)->config;
 }
@@ -97,12 +107,12 @@ const char* auto_gptq_cuda_gather(const Product* product, void* stream) {
 }
 
 int64_t auto_gptq_cuda_sorted_x_bytes(const Product* product) {
-  return product->weight.perm ? 2 * product->m * product->weight.k : 0;
+  return product->weight.perm && !sorts_inside(*product) ? 2 * product->m * product->weight.k : 0;
 }
 
 const char* auto_gptq_cuda_q_small(const Product* given, void* stream) {
   Product product = *given;
-  if (product.weight.perm) {
+  if (product.weight.perm && !sorts_inside(product)) {
     const char* failure = auto_gptq_cuda_gather(given, stream);
     if (failure) {
       return failure;

@@ -3,93 +3,63 @@
 // A block owns 16 * RW outputs, and its warps share out the inputs.  A warp copies its tiles, their
 // scales and x into a ring of its own in shared memory, many tiles ahead; of weights the first ones
 // before the previous kernel has ended, because they do not depend on it.  Codes go to tensor cores
-// as raw numbers, unit * code + base; sums of x, which a product with ones gives, then take out base
-// and zero point, so that both cost nothing per weight.  Sums are of whole numbers times x; scales
-// come in once per group, in fp32.
+// as raw numbers, unit * code + base; sums of x, which a product with ones gives, then take out
+// base and zero point, so that both cost nothing per weight.  Sums are of whole numbers times x;
+// scales come in once per group, in fp32.
 #pragma once
 
 #include <cuda_runtime.h>
 
-#include "../launch.h"
-#include "device.h"
-#include "mma.cuh"
-#include "q_small.h"
-#include "raw.cuh"
-#include "tiles.cuh"
+#include "q_small_block.cuh"
 
 namespace auto_gptq {
 
-struct Small {
-  const uint32_t* tiles;
-  const void* scales;
-  const uint8_t* zeros;
-  const void* x;  // in the order of the tiles
-  const void* bias;
-  void* y;
-  int32_t m, k, n;
-  int32_t scale_stride;   // N'
-  int32_t k_tiles;        // K' / 64
-  int32_t units;          // of the kernel
-  int32_t groups;         // G
-  int32_t run;            // 16, 32 or 64 places that share a scale
-  int32_t runs_of_group;  // or units
-  uint32_t group_of_run;  // multiplier: run (or unit) r is in group umulhi(2 r + 1, group_of_run)
-  int32_t scale_bytes;    // 2 or 4
-  int32_t scale_shift;    // what makes a scale's bits those of a float: 16 for bf16, 0 for fp32
-  int32_t warp_bytes;     // shared memory of a warp
-  DataType scale_type;
-};
-
-// What a stage of the ring holds: a unit of the inputs.
-enum Unit {
-  kPair,   // two tiles with one scale per output
-  kTile,   // one tile with one scale per output
-  kSteps,  // one tile whose four steps of 16 inputs have scales of their own
-};
-
-// NT: 8 rows of x each.  RW: 16 outputs each.  STAGES: units in the ring.
-template <int BITS, typename T, int NT, int RW, int STAGES, Unit UNIT>
-struct SmallKernel {
+// STAGES: units in the ring.
+template <int BITS, typename T, int NT, int RW, int WN, int STAGES, Unit UNIT, Activations X>
+struct SmallKernel : SmallBlock<BITS, T, NT, RW, WN> {
+  using Block = SmallBlock<BITS, T, NT, RW, WN>;
+  using typename Block::Operands, typename Block::SumsOfX;
+  using Block::p, Block::lane, Block::first_row, Block::memory, Block::ring;
+  using Block::group_of, Block::load_x, Block::own_rows, Block::put;
   static constexpr int kTiles = UNIT == kPair ? 2 : 1;  // of a unit
-  static constexpr int kGrids = UNIT == kSteps ? 4 : 1;
+  static constexpr int kGrids = UNIT == kSteps ? 4 : UNIT == kHalves ? 2 : 1;
+  static constexpr int kStepsOfGrid = 4 / kGrids;  // where a tile has several
   static constexpr int kTileBytes = RW * 128 * BITS;
   static constexpr int kWeightBytes = kTiles * kTileBytes;
   // Rows of x lie 16 bytes apart modulo 128, so that the 8 rows of a fragment meet no bank twice.
   static constexpr int kPitch = kTiles * 128 + 16;
+  static constexpr int kParts = NT == 1 ? kTiles : 1;  // sums that do not wait for each other
 
   // Shared memory of one stage of one warp: codes, x, scales, zeros.
   __host__ __device__ static int stage_bytes(int m, int scale_bytes, bool zeros) {
-    return kWeightBytes + m * kPitch + kGrids * 16 * RW * (scale_bytes + (zeros ? 1 : 0));
+    return x_end(m) + kGrids * 16 * RW * (scale_bytes + (zeros ? 1 : 0));
+  }
+  __host__ __device__ static int x_end(int m) {
+    const int perm = X == kByPerm ? kTiles * kSide * 4 : 0;
+    return kWeightBytes + (X == kRegisters ? 0 : perm > m * kPitch ? perm : m * kPitch);
   }
 
-  const Small& p;
-  const int lane, first_row;  // first_row: of this block
-  char* const ring;
   const int bytes, grid_at;  // of a stage, and where its scales begin
   int x_at;                  // where this lane's part of x begins in a stage
 
-  __device__ SmallKernel(const Small& task, char* memory, int warp)
-      : p(task),
-        lane(threadIdx.x % 32),
-        first_row(blockIdx.x * 16 * RW),
-        ring(memory + warp * task.warp_bytes),
+  __device__ SmallKernel(const Small& task, char* shared)
+      : Block(task, shared),
         bytes(stage_bytes(task.m, task.scale_bytes, task.zeros != nullptr)),
-        grid_at(kWeightBytes + task.m * kPitch) {
+        grid_at(x_end(task.m)) {
     // Rows beyond M only reach columns that nobody writes.
-    x_at = kWeightBytes + min(lane / 4, task.m - 1) * kPitch + (UNIT == kSteps ? 0 : lane % 4 * 32);
+    x_at = kWeightBytes + min(lane / 4, task.m - 1) * kPitch + (kGrids > 1 ? 0 : lane % 4 * 32);
   }
 
   // What a lane copies of the next unit, in pieces of 16 bytes: codes, x, and at most one piece of
   // the scales and one of the zeros.
   struct Source {
     const char* codes;
-    const char* scales;    // of the unit's group, or of the first if UNIT is kSteps
+    const char* scales;    // of the unit's group, or of the first if a unit has several
     const uint8_t* zeros;  // likewise
     bool copies_scales, copies_zeros;
     int left;  // units of this group that are still to come
     const T* x;
     int place;  // of x
-    uint64_t policy;
   };
 
   static constexpr int kLogRW = RW == 4 ? 2 : RW / 2;
@@ -105,56 +75,57 @@ struct SmallKernel {
     Source s;
     s.codes = reinterpret_cast<const char*>(p.tiles) + (of_rows + unit * kTiles) * (512 * BITS) +
               (BITS == 3 ? row_tile * 256 : row_tile * 128 * BITS) + 16 * lane;
-    const int group = UNIT == kSteps ? 0 : group_of(unit);
+    const int group = kGrids > 1 ? 0 : group_of(unit);
     const int64_t grid = static_cast<int64_t>(group) * p.scale_stride + first_row;
-    s.scales =
-        static_cast<const char*>(p.scales) + (grid << log) + (lane & ((RW << log) - 1)) * 16;
+    s.scales = static_cast<const char*>(p.scales) + (grid << log) + (lane & ((RW << log) - 1)) * 16;
     s.zeros = p.zeros + grid + lane % RW * 16;
     s.copies_scales = lane >> (kLogRW + log) < kGrids;
     s.copies_zeros = p.zeros && lane >> kLogRW < kGrids;
     s.left = (group + 1) * p.runs_of_group - unit;
     s.place = unit * (kTiles * kSide) + lane % kPieces * 8;
     s.x = static_cast<const T*>(p.x) + (lane / kPieces * p.k + s.place);
-    s.policy = evict_first();
     return s;
   }
 
-  __device__ __forceinline__ int group_of(int run) const {
-    return min(static_cast<int>(__umulhi(2 * run + 1, p.group_of_run)), p.groups - 1);
+  // The group of the grid, of the unit's several, that a lane copies pieces of.
+  __device__ __forceinline__ int64_t group_of_grid(int unit, int lanes_log) const {
+    return group_of((4 * unit + (lane >> lanes_log) * kStepsOfGrid) / (p.run / 16));
   }
 
-  // The group of the grid, one of four, that a lane copies pieces of.
-  __device__ __forceinline__ int64_t group_of_step(int unit, int lanes_log) const {
-    return group_of((4 * unit + (lane >> lanes_log)) / (p.run / 16));
+  // Where a lane's piece j of a unit's codes lies behind its piece 0 of the first plane, in bytes.
+  __device__ __forceinline__ int place_of_piece(int j) const {
+    constexpr int kOfTile = kTileBytes / 16;
+    if (BITS != 3 && kOfTile % 32 == 0) {
+      return 32 * j / kOfTile * (512 * BITS) + 32 * j % kOfTile * 16;
+    }
+    const int piece = lane + 32 * j, within = piece % kOfTile;
+    const bool high = BITS == 3 && within >= RW * 16;  // the plane of the highest bits
+    return piece / kOfTile * (512 * BITS) + 16 * (within - lane) +
+           (high ? 1024 - RW * 256 - first_row / 16 % 4 * 128 : 0);
   }
 
   // Copy the weight of a unit and go on to the next.
   __device__ __forceinline__ void copy_weight(Source& s, int unit, uint32_t to) const {
-    constexpr int kCodePieces = kTileBytes / 16;
+    constexpr int kCodePieces = kWeightBytes / 16;
     to += 16 * lane;
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-      for (int j = 0; j < (kCodePieces + 31) / 32; ++j) {
-        const int i = lane + 32 * j;
-        int at = 512 * BITS * t + 512 * j;
-        if constexpr (BITS == 3) {  // the plane of the highest bits lies further on
-          at += i < RW * 16 ? 0 : 1024 - RW * 256 - first_row / 16 % 4 * 128;
-        }
-        if (kCodePieces % 32 == 0 || i < kCodePieces) {
-          copy_once(to + kTileBytes * t + 512 * j, s.codes + at, s.policy);
-        }
+    for (int j = 0; j < (kCodePieces + 31) / 32; ++j) {
+      const char* codes = s.codes + place_of_piece(j);
+      if (32 * j + 32 <= kCodePieces) {
+        copy_once(to + 512 * j, codes, p.policy);
+      } else if (lane + 32 * j < kCodePieces) {  // where some lanes rest, ptxas 13.0 loses the policy
+        copy(to + 512 * j, codes);
       }
     }
     s.codes += kTiles * 512 * BITS;
     const uint32_t zeros_to = to + grid_at + (kGrids * 16 * RW << scale_log());
-    if constexpr (UNIT == kSteps) {
+    if constexpr (kGrids > 1) {
       if (s.copies_scales) {
-        const int64_t row = group_of_step(unit, kLogRW + scale_log()) * p.scale_stride;
+        const int64_t row = group_of_grid(unit, kLogRW + scale_log()) * p.scale_stride;
         copy(to + grid_at, s.scales + (row << scale_log()));
       }
       if (s.copies_zeros) {
-        copy(zeros_to, s.zeros + group_of_step(unit, kLogRW) * p.scale_stride);
+        copy(zeros_to, s.zeros + group_of_grid(unit, kLogRW) * p.scale_stride);
       }
     } else {
       if (s.copies_scales) {
@@ -189,18 +160,59 @@ struct SmallKernel {
     s.place += kTiles * kSide;
   }
 
-  using Sums = float[kTiles][RW][NT][4];
-  using Ones = float[kTiles][NT][4];
+  // Copy the perm of a unit to where its x is going to be.
+  __device__ __forceinline__ void copy_perm(int unit, uint32_t to) const {
+    const int place = unit * (kTiles * kSide) + 4 * lane;
+    if (kTiles == 2 || lane < kSide / 4) {
+      copy_or_clear(to + kWeightBytes + 16 * lane, p.perm + place, place < p.k);
+    }
+  }
 
-  // Add scale * (code - zero) x of one grid to the totals, which stay in units of Raw.
+  // Bring all of x, as it is, into shared memory.
+  __device__ __forceinline__ void keep_x() const {
+    uint4* const kept = reinterpret_cast<uint4*>(memory + p.x_at);
+    const uint4* from = static_cast<const uint4*>(p.x);
+#pragma unroll 4
+    for (int i = threadIdx.x; i < p.m * p.k / 8; i += blockDim.x) {
+      kept[i] = from[i];
+    }
+    __syncthreads();
+  }
+
+  // Put x of a unit, in the order of the tiles, where its perm is.
+  __device__ __forceinline__ void sort_x(int unit, char* stage) const {
+    const bool takes_part = kTiles == 2 || lane < kSide / 4;
+    char* const to = stage + kWeightBytes;
+    int4 from = make_int4(0, 0, 0, 0);
+    if (takes_part) {
+      from = reinterpret_cast<const int4*>(to)[lane];
+    }
+    __syncwarp();
+    const bool exists = unit * (kTiles * kSide) + 4 * lane < p.k;
+    for (int row = 0; row < p.m; ++row) {
+      const uint16_t* x = reinterpret_cast<const uint16_t*>(memory + p.x_at) + row * p.k;
+      if (takes_part) {
+        const uint32_t low = x[from.x] | static_cast<uint32_t>(x[from.y]) << 16;
+        const uint32_t high = x[from.z] | static_cast<uint32_t>(x[from.w]) << 16;
+        reinterpret_cast<uint2*>(to + row * kPitch)[lane] =
+            exists ? make_uint2(low, high) : make_uint2(0, 0);
+      }
+    }
+    __syncwarp();
+  }
+
+  using Sums = float[kParts][RW][NT][4];
+
   template <bool ZEROS>
-  __device__ __forceinline__ void fold(float (&total)[RW][NT][4],
-                                       const Sums& sum,
-                                       const Ones& ones,
-                                       const char* stage,
-                                       int grid) const {
+  __device__ __forceinline__ void fold_with(float (&total)[RW][NT][4],
+                                            const Sums& sum,
+                                            const SumsOfX& sums_of_x,
+                                            const char* stage,
+                                            int grid) const {
     const char* scales = stage + grid_at;
     const char* zeros = scales + (kGrids * 16 * RW << scale_log());
+    float of_x[NT][2];
+    own_rows(of_x, sums_of_x);
 #pragma unroll
     for (int r = 0; r < RW; ++r) {
 #pragma unroll
@@ -217,15 +229,26 @@ struct SmallKernel {
         for (int t = 0; t < NT; ++t) {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            float all = sum[0][r][t][2 * h + i], of_x = ones[0][t][i];
-            if (kTiles == 2) {
-              all += sum[kTiles - 1][r][t][2 * h + i];
-              of_x += ones[kTiles - 1][t][i];
+            float all = sum[0][r][t][2 * h + i];
+            if (kParts == 2) {
+              all += sum[kParts - 1][r][t][2 * h + i];
             }
-            total[r][t][2 * h + i] += scale * (all + taken * of_x);
+            total[r][t][2 * h + i] += scale * (all + taken * of_x[t][i]);
           }
         }
       }
+    }
+  }
+
+  __device__ __forceinline__ void fold(float (&total)[RW][NT][4],
+                                       const Sums& sum,
+                                       const SumsOfX& sums_of_x,
+                                       const char* stage,
+                                       int grid) const {
+    if (p.zeros) {
+      fold_with<true>(total, sum, sums_of_x, stage, grid);
+    } else {
+      fold_with<false>(total, sum, sums_of_x, stage, grid);
     }
   }
 
@@ -240,8 +263,7 @@ struct SmallKernel {
     return p.scale_type == kFloat16 ? half : __uint_as_float(bits << p.scale_shift);
   }
 
-  // The B operands of a tile's four steps.
-  __device__ __forceinline__ void read_x(uint32_t (&b)[NT][8], const char* stage, int tile) const {
+  __device__ __forceinline__ void read_x(Operands& b, const char* stage, int tile) const {
 #pragma unroll
     for (int t = 0; t < NT; ++t) {
       int at = x_at;
@@ -249,7 +271,12 @@ struct SmallKernel {
         at += (min(8 + lane / 4, p.m - 1) - lane / 4) * kPitch;
       }
       const char* x = stage + at + tile * 128;
-      if constexpr (UNIT == kSteps) {
+      if constexpr (UNIT == kHalves) {
+        const uint4* from = reinterpret_cast<const uint4*>(x) + lane % 4;
+        const uint4 u = from[0], v = from[4];
+        b[t][0] = u.x, b[t][1] = u.y, b[t][2] = u.z, b[t][3] = u.w;
+        b[t][4] = v.x, b[t][5] = v.y, b[t][6] = v.z, b[t][7] = v.w;
+      } else if constexpr (UNIT == kSteps) {
 #pragma unroll
         for (int s = 0; s < 4; ++s) {
           const uint2 u = *reinterpret_cast<const uint2*>(x + 2 * place_of(s, lane % 4, p.run));
@@ -264,64 +291,60 @@ struct SmallKernel {
     }
   }
 
-  __device__ __forceinline__ void multiply(float (&total)[RW][NT][4], const char* stage) const {
-    const uint32_t one = Pairs<T>::constant(1.0f), all_ones[4] = {one, one, one, one};
-    Sums sum = {};
-    Ones ones = {};
+  __device__ __forceinline__ void multiply(float (&total)[RW][NT][4],
+                                           Sums& sum,
+                                           SumsOfX& sums_of_x,
+                                           const Operands& b,
+                                           const char* stage,
+                                           int tile) const {
+    const int part = kParts == 2 ? tile : 0;
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      uint32_t b[NT][8];
-      read_x(b, stage, tile);
-      LaneCodes<BITS> codes[RW];
+    for (int grid = 0; grid < kGrids; ++grid) {
+      Block::template add_x<kStepsOfGrid>(sums_of_x, b, grid * kStepsOfGrid);
 #pragma unroll
       for (int r = 0; r < RW; ++r) {
-        codes[r] = read_codes<BITS>(stage + kTileBytes * tile, r, RW, lane);
-      }
+        const LaneCodes<BITS> codes = read_codes<BITS>(stage + kTileBytes * tile, r, RW, lane);
 #pragma unroll
-      for (int s = 0; s < 4; ++s) {
-#pragma unroll
-        for (int t = 0; t < NT; ++t) {
-          mma<T>(ones[tile][t], all_ones, b[t][2 * s], b[t][2 * s + 1]);
-        }
-#pragma unroll
-        for (int r = 0; r < RW; ++r) {
+        for (int s = grid * kStepsOfGrid; s < (grid + 1) * kStepsOfGrid; ++s) {
           uint32_t a[4];
-          Raw<BITS, T>::operand(codes[r], s, a);
+          Raw<BITS, T>::operand(codes, s, a);
 #pragma unroll
           for (int t = 0; t < NT; ++t) {
-            mma<T>(sum[tile][r][t], a, b[t][2 * s], b[t][2 * s + 1]);
+            mma<T>(sum[part][r][t], a, b[t][2 * s], b[t][2 * s + 1]);
           }
-        }
-        if constexpr (UNIT == kSteps) {
-          if (p.zeros) {
-            fold<true>(total, sum, ones, stage, s);
-          } else {
-            fold<false>(total, sum, ones, stage, s);
-          }
-          clear(sum, ones);
         }
       }
-    }
-    if constexpr (UNIT != kSteps) {
-      if (p.zeros) {
-        fold<true>(total, sum, ones, stage, 0);
-      } else {
-        fold<false>(total, sum, ones, stage, 0);
+      if (kGrids > 1) {
+        fold(total, sum, sums_of_x, stage, grid);
+        clear(sum, sums_of_x);
       }
     }
   }
 
-  __device__ __forceinline__ static void clear(Sums& sum, Ones& ones) {
+  __device__ __forceinline__ static void clear(Sums& sum, SumsOfX& sums_of_x) {
 #pragma unroll
-    for (int t = 0; t < NT; ++t) {
+    for (int i = 0; i < 4; ++i) {
+      sums_of_x[i] = 0;
+    }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        ones[0][t][i] = 0;
+    for (int i = 0; i < kParts * RW * NT * 4; ++i) {
+      (&sum[0][0][0][0])[i] = 0;
+    }
+  }
+
+  __device__ __forceinline__ void load_unit(Operands (&x)[kTiles], int unit, int last) const {
+    if (unit < last) {
 #pragma unroll
-        for (int r = 0; r < RW; ++r) {
-          sum[0][r][t][i] = 0;
-        }
+      for (int tile = 0; tile < kTiles; ++tile) {
+        load_x(x[tile], unit * kTiles + tile);
       }
+    }
+  }
+
+  __device__ __forceinline__ static void take(Operands (&x)[kTiles], const Operands (&next)[kTiles]) {
+#pragma unroll
+    for (int i = 0; i < kTiles * NT * 8; ++i) {
+      (&x[0][0][0])[i] = (&next[0][0][0])[i];
     }
   }
 
@@ -330,35 +353,75 @@ struct SmallKernel {
     let_next_kernel_start();
     Source from = source(first);
     const uint32_t begin = shared_address(ring), end = begin + STAGES * bytes;
-#pragma unroll 1
+#pragma unroll 1  // ptxas 13.0 loses the policy otherwise
     for (int i = 0; i < STAGES; ++i) {
       if (first + i < last) {
         copy_weight(from, first + i, begin + i * bytes);
+        if constexpr (X == kByPerm) {
+          copy_perm(first + i, begin + i * bytes);
+        }
       }
       end_group();
     }
+    Operands held[kTiles];
     wait_for_previous_kernel();
+    if constexpr (X == kByPerm) {
+      keep_x();
+    } else if constexpr (X == kRegisters) {
+      load_unit(held, first, last);
+    } else {
 #pragma unroll 1
-    for (int i = 0; i < STAGES; ++i) {
-      if (first + i < last) {
-        copy_x(from, begin + i * bytes);
+      for (int i = 0; i < STAGES; ++i) {
+        if (first + i < last) {
+          copy_x(from, begin + i * bytes);
+        }
+        end_group();
       }
-      end_group();
     }
     float total[RW][NT][4] = {};
     uint32_t slot = begin;
-    const char* stage = ring;
+    char* stage = ring;
 #pragma unroll 1
     for (int unit = first; unit < last; ++unit) {
       // Groups end in the order of units, those of weights before those of x: what is under way
       // after this belongs to the next STAGES - 1 units.
       wait_for_groups<STAGES - 1>();
       __syncwarp();
-      multiply(total, stage);
+      if constexpr (X == kByPerm) {
+        sort_x(unit, stage);
+      }
+      Sums sum = {};
+      SumsOfX sums_of_x = {};
+      Operands next[kTiles];
+      if constexpr (X == kRegisters && NT == 1) {  // there are registers for two units
+        load_unit(next, unit + 1, last);
+      }
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        if constexpr (X != kRegisters) {
+          read_x(held[tile], stage, tile);
+        }
+        multiply(total, sum, sums_of_x, held[tile], stage, tile);
+        if constexpr (X == kRegisters && NT == 2) {
+          if (unit + 1 < last) {
+            load_x(held[tile], (unit + 1) * kTiles + tile);
+          }
+        }
+      }
+      if constexpr (X == kRegisters && NT == 1) {
+        take(held, next);
+      }
+      if constexpr (kGrids == 1) {
+        fold(total, sum, sums_of_x, stage, 0);
+      }
       __syncwarp();
       if (unit + STAGES < last) {
         copy_weight(from, unit + STAGES, slot);
-        copy_x(from, slot);
+        if constexpr (X == kRing) {
+          copy_x(from, slot);
+        } else if constexpr (X == kByPerm) {
+          copy_perm(unit + STAGES, slot);
+        }
       }
       end_group();
       slot += bytes;
@@ -372,124 +435,16 @@ struct SmallKernel {
     __syncwarp();
     put(total);
   }
-
-  // Leave this warp's part of the sums in its memory.
-  __device__ __forceinline__ void put(const float (&total)[RW][NT][4]) const {
-    float4* mine = reinterpret_cast<float4*>(ring);
-#pragma unroll
-    for (int r = 0; r < RW; ++r) {
-#pragma unroll
-      for (int t = 0; t < NT; ++t) {
-        const float* v = total[r][t];
-        const float upper = 1.0f / Raw<BITS, T>::unit(0), lower = 1.0f / Raw<BITS, T>::unit(1);
-        mine[(r * NT + t) * 32 + lane] =
-            make_float4(v[0] * upper, v[1] * upper, v[2] * lower, v[3] * lower);
-      }
-    }
-  }
-
-  // Add up the warps' parts and write the block's outputs.
-  __device__ __forceinline__ void write(const char* memory, int warps) const {
-    for (int e = threadIdx.x; e < 16 * RW * p.m; e += blockDim.x) {
-      const int r = e % (16 * RW), m = e / (16 * RW), row = r % 16;
-      const int fragment = r / 16 * NT + m / 8, from = row % 8 * 4 + m % 8 / 2;
-      const int at = (fragment * 32 + from) * 4 + row / 8 * 2 + m % 2;
-      float value = 0;
-      for (int w = 0; w < warps; ++w) {
-        value += reinterpret_cast<const float*>(memory + w * p.warp_bytes)[at];
-      }
-      const int n = first_row + r;
-      if (n < p.n) {
-        if (p.bias) {
-          value += static_cast<float>(static_cast<const T*>(p.bias)[n]);
-        }
-        static_cast<T*>(p.y)[static_cast<int64_t>(m) * p.n + n] = narrow<T>(value);
-      }
-    }
-  }
 };
 
-template <int BITS, typename T, int NT, int RW, int STAGES, Unit UNIT>
+template <int BITS, typename T, int NT, int RW, int WN, int STAGES, Unit UNIT, Activations X>
 __global__ void __launch_bounds__(512) q_small(const __grid_constant__ Small task) {
   extern __shared__ __align__(16) char memory[];
-  const int warp = threadIdx.x / 32, warps = blockDim.x / 32, log = __ffs(warps) - 1;
-  const SmallKernel<BITS, T, NT, RW, STAGES, UNIT> kernel(task, memory, warp);
-  kernel.run_warp(task.units * warp >> log, task.units * (warp + 1) >> log);
+  const SmallKernel<BITS, T, NT, RW, WN, STAGES, UNIT, X> kernel(task, memory);
+  const int parts = blockDim.x / (32 * WN);
+  kernel.run_warp(task.units * kernel.part / parts, task.units * (kernel.part + 1) / parts);
   __syncthreads();
-  kernel.write(memory, warps);
-}
-
-inline Small describe(const Product& product) {
-  const Tiled& weight = product.weight;
-  Small task{};
-  task.tiles = weight.tiles;
-  task.scales = weight.scales;
-  task.zeros = weight.zeros;
-  task.x = product.x;
-  task.bias = product.bias;
-  task.y = product.y;
-  task.m = static_cast<int32_t>(product.m);
-  task.k = static_cast<int32_t>(weight.k);
-  task.n = static_cast<int32_t>(weight.n);
-  task.scale_stride = (task.n + kSide - 1) / kSide * kSide;
-  task.k_tiles = (task.k + kSide - 1) / kSide;
-  task.groups = static_cast<int32_t>(weight.groups);
-  task.run = weight.run;
-  task.scale_bytes = weight.scale_type == kFloat32 ? 4 : 2;
-  task.scale_shift = weight.scale_type == kBFloat16 ? 16 : 0;
-  task.scale_type = weight.scale_type;
-  return task;
-}
-
-inline void set_groups(Small& task, int64_t runs_of_group) {
-  task.runs_of_group = static_cast<int32_t>(runs_of_group);
-  task.group_of_run = static_cast<uint32_t>(((int64_t{1} << 32) + 2 * runs_of_group - 1) /
-                                            (2 * runs_of_group));
-}
-
-template <int BITS, typename T, int NT, int RW, int STAGES, Unit UNIT>
-const char* start_small(const Product& product, int warps, cudaStream_t stream) {
-  using Kernel = SmallKernel<BITS, T, NT, RW, STAGES, UNIT>;
-  Small task = describe(product);
-  task.units = task.k_tiles / Kernel::kTiles;
-  set_groups(task, product.weight.group_size / (UNIT == kPair ? 128 : task.run));
-  const int stage = Kernel::stage_bytes(task.m, task.scale_bytes, task.zeros != nullptr);
-  const int partial = RW * NT * 512;
-  task.warp_bytes = STAGES * stage > partial ? STAGES * stage : partial;
-  const Device& device = current_device();
-  while (warps > 1 && warps * task.warp_bytes > device.shared_bytes) {
-    warps /= 2;
-  }
-  const auto kernel = q_small<BITS, T, NT, RW, STAGES, UNIT>;
-  return launch(kernel, task, task.scale_stride / (16 * RW), 32 * warps, warps * task.warp_bytes,
-                stream);
-}
-
-template <int BITS, typename T, Unit UNIT>
-const char* start_small(const Product& product, SmallConfig config, cudaStream_t stream) {
-  const int warps = config.warps;
-  if (product.m > 8) {
-    return start_small<BITS, T, 2, 2, 3, UNIT>(product, warps, stream);
-  }
-  // A lane copies one piece of the scales: too few for 64 outputs with 4 grids in fp32.
-  if constexpr (UNIT != kSteps) {
-    if (config.row_tiles == 4) {
-      return start_small<BITS, T, 1, 4, BITS < 4 ? 3 : 2, UNIT>(product, warps, stream);
-    }
-  }
-  return config.row_tiles == 1 ? start_small<BITS, T, 1, 1, 4, UNIT>(product, warps, stream)
-                               : start_small<BITS, T, 1, 2, 4, UNIT>(product, warps, stream);
-}
-
-template <int BITS, typename T>
-const char* start_small(const Product& product, SmallConfig config, cudaStream_t stream) {
-  const Tiled& weight = product.weight;
-  if (weight.run != kSide || weight.scale_type == kFloat32) {
-    return start_small<BITS, T, kSteps>(product, config, stream);
-  }
-  const bool paired = weight.group_size % 128 == 0 && (weight.k + kSide - 1) / kSide % 2 == 0;
-  return paired ? start_small<BITS, T, kPair>(product, config, stream)
-                : start_small<BITS, T, kTile>(product, config, stream);
+  kernel.write();
 }
 
 }  // namespace auto_gptq

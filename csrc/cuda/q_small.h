@@ -10,7 +10,8 @@ namespace auto_gptq {
 // How the work is divided.
 struct SmallConfig {
   int32_t row_tiles;  // 16 outputs each, of a block: 1, 2 or 4
-  int32_t warps;      // of a block, a power of 2
+  int32_t warps;      // of a block, an even number
+  bool loads;         // x goes straight into registers, where K and the groups allow it
 };
 
 const char* start_small_2(const Product& product, SmallConfig config, cudaStream_t stream);

@@ -5,7 +5,7 @@ namespace auto_gptq {
 
 template <typename T>
 static const char* start(const Product& product, SmallConfig config, cudaStream_t stream) {
-  return fits_direct(product) ? start_direct<2, T>(product, stream)
+  return fits_direct(product) ? start_direct<2, T>(product, config, stream)
                               : start_small<2, T>(product, config, stream);
 }
 

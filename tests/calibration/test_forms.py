@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from auto_gptq import BaseQuantizeConfig
+from auto_gptq.calibration.datasets import token_rows
 from auto_gptq.calibration.examples import make_batches
 from auto_gptq.errors import ExampleKeyError, ExamplesError
 from auto_gptq.modeling import BaseGPTQForCausalLM
 from tests.tiny import tiny_model
+from tests.tiny_tokenizer import tiny_tokenizer
 
 LONG, SHORT = [5, 6, 7, 8], [9, 10]
 TEXTS = ["a b c d", "e f"]  # what the tokenizer below makes these ids of
@@ -198,6 +200,16 @@ def test_a_model_cuts_at_its_longest_sequence() -> None:
     wrapper = BaseGPTQForCausalLM(model, False, BaseQuantizeConfig(group_size=32))
     wrapper.quantize([list(range(2, 40))])
     assert {entry.tokens for entry in wrapper.report} == {16}
+
+
+@pytest.mark.parametrize("with_bos", [True, False])
+def test_rows_of_a_text_begin_as_the_tokenizer_begins_texts(with_bos: bool) -> None:
+    """Gemma 3 without its BOS has a perplexity of many thousands."""
+    tokenizer = tiny_tokenizer(with_bos)
+    rows = token_rows("abcdefgh" * 8, tokenizer, length=16)
+    assert rows.shape == (4, 16)
+    assert rows[:, 0].eq(1).all() == with_bos
+    assert not rows[:, 1:].eq(1).any()
 
 
 def test_a_text_has_a_name(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

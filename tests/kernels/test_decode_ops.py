@@ -156,20 +156,22 @@ def test_append_best_takes_the_first_of_the_highest(device, dtype, vocabulary) -
     assert torch.equal(ended, before)
 
 
-def test_operators_pass_opcheck() -> None:
+def test_operators_pass_opcheck(device) -> None:
     case = attention_case(4, 2, 16, 16, torch.float32, norms=True)
-    scratch = decode_ops.decode_scratch(3, 4, 2, 16, torch.device("cpu"))
+    case = {k: v.to(device) if torch.is_tensor(v) else v for k, v in case.items()}
+    scratch = decode_ops.decode_scratch(3, 4, 2, 16, device)
+    hidden, ones = torch.randn(2, 64, device=device), torch.ones(64, device=device)
+    tokens = torch.zeros(2, 9, dtype=torch.int64, device=device)
+    place, ended = torch.tensor([5], device=device), torch.zeros(2, device=device).bool()
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(
-        ops.decode_attention,
-        (*list(case.values())[:9], *scratch, case["scale"], case["epsilon"]),
-        test_utils=checks,
-    )
-    hidden = torch.randn(2, 64)
-    torch.library.opcheck(
-        ops.add_norm, (hidden, hidden.clone(), torch.ones(64), 1e-5), test_utils=checks
-    )
-    torch.library.opcheck(ops.gate, (torch.randn(2, 64), False), test_utils=checks)
+
+    def check(operator, *arguments: Any) -> None:
+        torch.library.opcheck(operator, arguments, test_utils=checks)
+
+    check(ops.decode_attention, *list(case.values())[:9], *scratch, case["scale"], case["epsilon"])
+    check(ops.add_norm, hidden, hidden.clone(), ones, 1e-5)
+    check(ops.gate, hidden, False)
+    check(ops.append_best, hidden, tokens, place, ended, place, 7)
 
 
 @pytest.mark.gpu

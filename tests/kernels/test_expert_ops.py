@@ -297,3 +297,63 @@ def test_a_captured_graph_follows_another_routing() -> None:
         x.copy_(torch.randn(6, 256, device=device))
         graph.replay()
         assert torch.equal(captured, block())
+
+
+def test_strides_and_odd_addresses_are_taken(device: torch.device) -> None:
+    settings, sizes = (4, 32, 96, 64), [2, 0, 3]
+    experts = random_experts(3, settings, device, act_order=True)
+    weights = weights_of(experts, sizes, settings)
+    storage = torch.randn(5 * 96 + 1, device=device).half()
+    for x in (
+        storage[1:].view(5, 96),
+        torch.randn(96, 5, device=device).half().t(),
+        torch.randn(5, 192, device=device).half()[:, ::2],
+    ):
+        y = OPS.q_experts(
+            x, None, ends_of(sizes, device), *stacked(experts), None, *settings, False
+        )
+        assert_as_good_as_plain(y, x, sizes, weights)
+    nothing = OPS.q_experts(
+        x[:0], None, ends_of([0, 0, 0], device), *stacked(experts), None, *settings, False
+    )
+    assert nothing.shape == (0, 64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("each", [1, 40])
+def test_two_streams_at_once(each: int) -> None:
+    device, settings = torch.device("cuda"), (4, 128, 1024, 1024)
+    sizes = [each] * 8
+    calls = []
+    for _ in range(2):
+        weights = stacked(random_experts(8, settings, device, act_order=True))
+        x = torch.randn(sum(sizes), 1024, device=device).half()
+        calls.append((x, None, ends_of(sizes, device), *weights, None, *settings, False))
+    expected = [OPS.q_experts(*call) for call in calls]
+    streams = [torch.cuda.Stream() for _ in calls]
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(30):
+        for stream, call in zip(streams, calls, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(OPS.q_experts(*call))
+    torch.cuda.synchronize()
+    for i, y in enumerate(results):
+        assert torch.equal(y, expected[i % 2])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("each", [1, 40])
+def test_experts_of_more_than_two_billion_bytes(each: int) -> None:
+    """The last of 136 experts lies beyond what 32 bits count."""
+    device, count, k, n = torch.device("cuda"), 136, 4096, 8192
+    settings, sizes = (4, -1, k, n), [0] * 135 + [each]
+    shape = count, n // 64, k // 64, 512
+    tiles = torch.randint(0, 2**31 - 1, shape, dtype=torch.int32, device=device)
+    scales = (torch.rand(count, 1, n, device=device) + 0.5).half() * 0.01
+    x = torch.randn(each, k, device=device).half()
+    ends = ends_of(sizes, device)
+    y = OPS.q_experts(x, None, ends, tiles, scales, None, None, None, *settings, False)
+    assert tiles.nbytes > 2**31
+    last = TileTensors(tiles[-1], scales[-1], None, None)
+    assert_as_good_as_plain(y, x, [each], [exact_weight(last, settings)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +12,9 @@ from torch import Tensor
 
 from auto_gptq.formats.gptq import pack_layer, trivial_g_idx
 from auto_gptq.formats.grid import Grid, GridRule
-from auto_gptq.kernels import native, ops, reference
+from auto_gptq.kernels import decode_ops, expert_ops, native, ops, reference
 
-assert ops  # importing it defines the operators
+assert ops and decode_ops and expert_ops  # importing them defines the operators
 
 K, N, GROUP = 96, 64, 32
 OPS = torch.ops.auto_gptq
@@ -69,6 +71,21 @@ def test_opcheck_of_the_packed_products(bits: int, device: torch.device) -> None
     torch.library.opcheck(OPS.dequantize, (*packed, bits, 1, torch.float16))
     torch.library.opcheck(OPS.q_linear, (x, *packed, bias, bits, 1))
     torch.library.opcheck(OPS.q_linear, (x.detach().half(), *packed, None, bits, 0))
+
+
+def test_opcheck_of_the_products_of_packed_experts(device: torch.device) -> None:
+    experts = zip(*(_packed(4, device) for _ in range(3)), strict=True)
+    packed = [list(tensors) for tensors in experts]
+    x, ends = torch.randn(7, K, device=device), torch.tensor([2, 2, 7], device=device)
+    torch.library.opcheck(OPS.q_linear_experts, (x, ends, *packed, 4, 1))
+
+
+def test_every_operator_is_opchecked() -> None:
+    source = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    checked = set(re.findall(r"check\(\s*(?:OPS|ops)\.(\w+)", source))
+    names = (name.partition("::") for name in torch._C._dispatch_get_all_op_names())
+    ours = {name.partition(".")[0] for space, _, name in names if space == "auto_gptq"}
+    assert checked == ours
 
 
 def test_opcheck_of_the_solver_steps(device: torch.device) -> None:

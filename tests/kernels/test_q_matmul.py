@@ -113,6 +113,15 @@ def test_strides_and_odd_addresses_are_taken(device: torch.device) -> None:
         torch.randn(3, 192, device=device).half()[:, ::2],
     ):
         assert_as_good_as_plain(multiply(x, tiled, settings), x, weight)
+    # A file may hold tensors at any address.
+    shifted = TileTensors(*(None if t is None else _shifted(t) for t in operands(tiled)))  # type: ignore[arg-type]
+    assert torch.equal(multiply(x, shifted, settings), multiply(x, tiled, settings))
+
+
+def _shifted(tensor: Tensor) -> Tensor:
+    """Copy a tensor to an address that is one element beyond a vector's."""
+    storage = tensor.new_empty(tensor.numel() + 1)
+    return storage[1:].view(tensor.shape).copy_(tensor)
 
 
 def test_unequal_devices_and_shapes_are_refused_by_name(device: torch.device) -> None:
@@ -137,6 +146,17 @@ def test_unequal_devices_and_shapes_are_refused_by_name(device: torch.device) ->
 def test_every_row_of_the_table_of_shapes(k: int, n: int, bits: int, m: int) -> None:
     device, settings = torch.device("cuda"), (bits, 128, k, n)
     _, tiled = random_weight(*settings, device)
+    x = torch.randn(m, k, device=device).half()
+    assert_as_good_as_plain(multiply(x, tiled, settings), x, exact_weight(tiled, settings))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("k", "m"), [(14336, 1), (8192, 2), (4096, 4), (14336, 4), (4096, 12)])
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_inputs_in_any_order(group_size: int, k: int, m: int) -> None:
+    """Few values of x are sorted by every block, more of them before the product."""
+    device, settings = torch.device("cuda"), (4, group_size, k, 1088)
+    _, tiled = random_weight(*settings, device, act_order=True)
     x = torch.randn(m, k, device=device).half()
     assert_as_good_as_plain(multiply(x, tiled, settings), x, exact_weight(tiled, settings))
 
@@ -187,7 +207,7 @@ def test_two_streams_at_once() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("m", [1, 16, 40])
+@pytest.mark.parametrize("m", [1, 16, 40, 200])
 def test_a_weight_of_more_than_two_billion_bytes(m: int) -> None:
     device, k, n = torch.device("cuda"), 65536, 69632
     tiles = torch.randint(0, 2**31 - 1, (n // 64, k // 64, 512), dtype=torch.int32, device=device)
@@ -197,3 +217,17 @@ def test_a_weight_of_more_than_two_billion_bytes(m: int) -> None:
     y = OPS.q_matmul(x, tiles, scales, None, None, None, *settings)
     last = TileTensors(tiles[-1:], scales[:, -64:], None, None)
     assert_as_good_as_plain(y[:, -64:], x, exact_weight(last, (4, -1, k, 64)))
+
+
+@pytest.mark.gpu
+def test_more_than_two_billion_activations() -> None:
+    """Half of x and of y lies beyond what 32 bits count."""
+    device, m, k, n = torch.device("cuda"), 1 << 20, 2112, 2112
+    settings = 4, 64, k, n
+    _, tiled = random_weight(*settings, device)
+    x = torch.randn(64, k, device=device).half().repeat(m // 64, 1)
+    y = multiply(x, tiled, settings)
+    assert x.numel() > 2**31
+    assert y.numel() > 2**31
+    assert_as_good_as_plain(y[-64:], x[-64:], exact_weight(tiled, settings))
+    assert torch.equal(y, y[-64:].repeat(m // 64, 1))

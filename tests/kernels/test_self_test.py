@@ -112,6 +112,9 @@ def test_plain_torch_is_warned_of_once(
 def test_wrong_products_of_experts_are_not_used(
     device: torch.device, caplog: pytest.LogCaptureFixture
 ) -> None:
+    layer = QuantLinear(4, 32, 64, 64, bias=False).to(device)
+    layer.prepare()
+    device = layer.qweight.device  # with its number, as everything on a GPU has it
     for bits in (2, 3, 4, 8):
         assert self_test.failure_of_experts(device, bits) is None
     self_test.failure_of_experts.cache_clear()
@@ -120,8 +123,6 @@ def test_wrong_products_of_experts_are_not_used(
     assert why is not None
     assert "multiply (1, 0, 2) rows of" in why
     assert "called one by one" in caplog.text
-    layer = QuantLinear(4, 32, 64, 64, bias=False).to(device)
-    layer.prepare()
     expert = torch.nn.Module()
     expert.down = layer
     found = group({("down",): [[Place(0, expert, "down")]]})

@@ -17,16 +17,20 @@ from auto_gptq.modeling import BaseGPTQForCausalLM
 from auto_gptq.nn_modules.experts import unfuse
 from auto_gptq.nn_modules.surgery import dequantize, find_linears
 from auto_gptq.nn_modules.unfused import find_unfused
-from auto_gptq.pipeline.exact import Exact, find_writers
+from auto_gptq.pipeline.exact import Exact, Writer, find_writers
 from tests.tiny import tiny_examples, tiny_model
 from tests.zoo import tiny_of
 
 WRITERS = {
-    "llama": ["self_attn.o_proj", "mlp.down_proj"],
-    "opt": ["self_attn.out_proj", "fc2"],
-    "gptj": ["attn.out_proj", "mlp.fc_out"],  # side by side, both read the block's input
-    "gpt2": ["attn.c_proj", "mlp.c_proj"],
-    "gemma2": [],  # norms come in between
+    "llama": {"self_attn.o_proj": Writer(), "mlp.down_proj": Writer()},
+    "opt": {"self_attn.out_proj": Writer(), "fc2": Writer()},
+    # side by side, both read the block's input
+    "gptj": {"attn.out_proj": Writer(), "mlp.fc_out": Writer()},
+    "gpt2": {"attn.c_proj": Writer(), "mlp.c_proj": Writer()},
+    "gemma2": {
+        "self_attn.o_proj": Writer("post_attention_layernorm"),
+        "mlp.down_proj": Writer("post_feedforward_layernorm"),
+    },
 }
 
 
@@ -44,11 +48,40 @@ def test_the_linears_that_write_to_the_residual_stream_are_found(model_type: str
 
 
 @torch.no_grad()
+def test_a_factor_on_what_is_written_is_found() -> None:
+    block, hidden, call = first_block(tiny_of("granite", residual_multiplier=0.22))
+    writers = find_writers(block, find_linears(block), hidden, call)
+    assert list(writers) == ["self_attn.o_proj", "mlp.down_proj"]
+    for writer in writers.values():
+        assert writer == Writer("", pytest.approx(0.22, rel=1e-4))
+
+
+@pytest.mark.parametrize("model_type", ["granite", "gemma2", "olmo2"])
+@torch.no_grad()
+def test_what_is_put_out_besides_closes_the_gap(model_type: str) -> None:
+    """Through a norm or a factor, and but for the norm's size, which follows its input."""
+    extra = {"residual_multiplier": 0.22} if model_type == "granite" else {}
+    block, hidden, call = first_block(tiny_of(model_type, **extra))
+    writers = find_writers(block, find_linears(block), hidden, call)
+    name, writer = next(iter(writers.items()))
+    exact, linear = Exact(block, {}, writers), block.get_submodule(name)
+    if writer.norm:  # as a trained one is
+        norm = block.get_submodule(writer.norm)
+        norm.weight.copy_(torch.rand(len(norm.weight)) + 0.5)
+    x = torch.randn(*hidden.shape[:-1], linear.in_features)
+    gap = 1e-3 * torch.randn_like(hidden)
+    besides = exact.gap(name, x, hidden + gap, hidden)
+    after = block.get_submodule(writer.norm) if writer.norm else torch.nn.Identity()
+    closed = writer.factor * (after(linear(x) + besides) - after(linear(x)))
+    assert (closed - gap).norm() < 0.2 * gap.norm()
+
+
+@torch.no_grad()
 def test_original_weights_come_back_for_a_while_only() -> None:
     block, hidden, call = first_block(tiny_model(dtype=torch.float32))
     linears = find_linears(block)
     before = block(hidden, *call.args, **call.kwargs)
-    exact = Exact(block, linears, ["self_attn.o_proj", "mlp.down_proj"])
+    exact = Exact(block, linears, {"self_attn.o_proj": Writer(), "mlp.down_proj": Writer()})
     for linear in linears.values():
         linear.weight.mul_(0.9)
     after = block(hidden, *call.args, **call.kwargs)
@@ -67,7 +100,7 @@ def test_experts_are_not_compared() -> None:
     unfuse(model)
     block = model.model.layers[0]
     experts = next(iter(find_unfused(block)))
-    exact, x = Exact(block, {}, []), torch.ones(8, 64)
+    exact, x = Exact(block, {}, {}), torch.ones(8, 64)
     assert exact.matching(f"{experts}.0.w1", x, x, 8) is None
     assert exact.matching("self_attn.o_proj", x, x, 8) is x
     assert exact.matching("self_attn.o_proj", x, x, 9) is None

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from auto_gptq import BaseQuantizeConfig
+from auto_gptq.calibration.activations import Activations
+from auto_gptq.calibration.examples import Batch
 from auto_gptq.errors import ConfigError
 from auto_gptq.modeling import BaseGPTQForCausalLM
 from auto_gptq.nn_modules.qlinear import QuantLinear
@@ -79,6 +81,17 @@ def test_scales_that_tuning_makes_worse_are_left(monkeypatch: pytest.MonkeyPatch
         assert torch.equal(tensor, spoilt[name]), name
 
 
+@pytest.mark.parametrize(("rows", "steps", "of_a_step"), [(4, 4, 1), (16, 16, 1), (64, 16, 4)])
+def test_few_rows_are_parted_into_more_steps(rows: int, steps: int, of_a_step: int) -> None:
+    """16 rows of 512 tokens once were two steps, of which none could be held out."""
+    ids, hidden = torch.zeros(rows, 64, dtype=torch.long), torch.zeros(rows, 64, 8)
+    exact = Activations(torch.device("cpu"), torch.float32, hidden.numel())
+    exact.append(hidden)
+    found = list(scales._steps([Batch(ids, torch.ones_like(ids))], exact))
+    assert len(found) == steps
+    assert all(hidden.shape == (of_a_step, 64, 8) for _, hidden in found)
+
+
 def test_padding_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scales, "_RATE", 3e-3)
     model = tiny_model(dtype=torch.float32)
@@ -98,6 +111,27 @@ def test_padding_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     for name in (name for name in one if name.endswith("scales")):
         assert torch.allclose(one[name].float(), another[name].float(), rtol=2e-3), name
+
+
+def test_activations_that_memory_does_not_hold_are_computed_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    again: list[int] = []
+    checkpointed = scales._checkpointed
+
+    def counting(index: int, forward: object) -> object:
+        again.append(index)
+        return checkpointed(index, forward)
+
+    monkeypatch.setattr(scales, "_checkpointed", counting)
+    model, rows = tiny_model(dtype=torch.float32), torch.randint(2, 250, (8, 64))
+    kept = quantized(model, rows, scale_epochs=2).model.state_dict()
+    assert again == [0]  # once, to see what the last of two blocks keeps
+    monkeypatch.setattr(scales, "_FOR_ACTIVATIONS", 0)
+    spared = quantized(model, rows, scale_epochs=2).model.state_dict()
+    assert len(again) > 30
+    for name in (name for name in kept if name.endswith("scales")):
+        assert torch.allclose(kept[name].float(), spared[name].float(), rtol=2e-3), name
 
 
 def test_a_negative_number_of_epochs_is_refused() -> None:

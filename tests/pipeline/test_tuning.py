@@ -37,7 +37,7 @@ def test_a_tuned_model_is_nearer_to_the_full_precision_model(
     """On the rows that it was tuned on: a random model's are too few to say more."""
     monkeypatch.setitem(pipeline._TOKENS_AT_ONCE, "cpu", 512)  # so that there are many steps
     monkeypatch.setattr("auto_gptq.pipeline.tuning._CODE_RATE", 1e-3)
-    monkeypatch.setattr(tuning, "_HELD_OUT", 100)
+    monkeypatch.setattr(tuning, "held_out", lambda n: ([*range(n)], [*range(n)]))
     model = tiny_model(model_type, torch.float32)
     rows = torch.randint(2, 256, (64, 64))
     with torch.no_grad():
@@ -96,6 +96,14 @@ def test_integers_are_judged_by_tokens_that_they_were_not_tuned_on() -> None:
         patch.setattr(tuning._Fp32Run, "mean", noting)
         wrapper.quantize(rows, batch_size=4)
     assert seen == [[7, 15]] * 4  # two blocks, before and after
+
+
+@pytest.mark.parametrize("batches", range(2, 40))
+def test_some_batches_are_held_out_however_few_there_are(batches: int) -> None:
+    learnt, judged = tuning.held_out(batches)
+    assert sorted(learnt + judged) == list(range(batches))
+    assert judged
+    assert len(judged) <= max(1, batches / 8)
 
 
 @pytest.mark.parametrize("static_groups", [True, False])
