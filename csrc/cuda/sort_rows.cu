@@ -25,9 +25,6 @@ struct Sort {
 __global__ void __launch_bounds__(kThreads) sort(const __grid_constant__ Sort task) {
   extern __shared__ uint4 shared[];
   let_next_kernel_start();
-  for (int i = threadIdx.x; i < task.k / 8; i += kThreads) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(task.perm + 8 * i));
-  }
   wait_for_previous_kernel();
   const int64_t first = int64_t{blockIdx.x} * task.rows;
   const int rows = static_cast<int>(min(int64_t{task.rows}, task.m - first));
@@ -59,9 +56,7 @@ __global__ void __launch_bounds__(kThreads) sort(const __grid_constant__ Sort ta
 
 const char* sort_rows(const Product& product, void* to, cudaStream_t stream) {
   const int64_t k = product.weight.k;
-  const int64_t fit = kMostShared / (2 * k);
-  const int64_t all_busy = product.m / (2 * current_device().processors);
-  const int rows = static_cast<int>(std::clamp<int64_t>(std::min(fit, all_busy), 1, 4));
+  const int rows = static_cast<int>(std::clamp<int64_t>(kMostShared / (2 * k), 1, 4));
   const bool staged = rows * k * 2 <= current_device().shared_bytes;
   const Sort task{static_cast<const uint16_t*>(product.x), product.weight.perm,
                   static_cast<uint16_t*>(to), product.m, static_cast<int>(k), rows,
