@@ -70,6 +70,11 @@ __device__ __forceinline__ void cluster_sync() {
                    : "memory");
 }
 
+// The same, but orders no memory.
+__device__ __forceinline__ void cluster_meet() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
 // The same place in the shared memory of another block of the cluster.
 __device__ __forceinline__ uint32_t map_shared(uint32_t address, int rank) {
   uint32_t mapped;
@@ -125,6 +130,15 @@ __device__ __forceinline__ void store_remote(uint32_t to, const float* v) {
   asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(v[0]), "f"(v[1]),
                "f"(v[2]), "f"(v[3])
                : "memory");
+}
+
+// Store into another block's shared memory, whose barrier waits for the bytes.
+__device__ __forceinline__ void store_remote_counted(uint32_t to, float4 v, uint32_t barrier) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::
+          "r"(to),
+      "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
+      : "memory");
 }
 
 template <int REGISTERS>
