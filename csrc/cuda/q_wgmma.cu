@@ -25,15 +25,15 @@ constexpr Cost cost(int64_t stage) {
   return {L::kRows, L::kColumns, L::kDepth, int64_t{L::kRows} * L::kColumns * 4, stage};
 }
 
-constexpr Cost kCosts[] = {cost<Rows32>(560), cost<Rows64>(680), cost<Rows64Wide>(900),
-                           cost<Rows128>(770), cost<Rows128Wide>(1450)};
+constexpr Cost kCosts[] = {cost<Rows32>(620), cost<Rows64>(780), cost<Rows64Wide>(960),
+                           cost<Rows128>(860), cost<Rows128Wide>(1590)};
 // How many clusters of so many blocks run at once.
 constexpr int64_t kClusters[] = {0, 132, 66, 39, 30, 22, 17, 15, 15};
-constexpr int64_t kStart = 3500;  // until a block's first product, and to store a result
-constexpr int64_t kMeet = 1500;   // for blocks of a cluster to wait for each other,
-constexpr int64_t kRemoteBytes = 20;  // and to move so many bytes for a nanosecond
-constexpr int64_t kAdd = 2500;        // to start the kernel that adds parts up,
-constexpr int64_t kBytesAtOnce = 30;  // and of a part for a nanosecond: all blocks write and read one
+constexpr int64_t kStart = 3200;     // until a block's first product, and to store a result
+constexpr int64_t kMeet = 400;       // for blocks of a cluster to wait for each other,
+constexpr int64_t kRemoteBytes = 18;  // and to send so many bytes for a nanosecond
+constexpr int64_t kAdd = 3500;        // to start the kernel that adds parts up,
+constexpr int64_t kBytesAtOnce = 18;  // and of a part for a nanosecond: all blocks write and read one
 
 struct Choice {
   int32_t layout, blocks, split;
