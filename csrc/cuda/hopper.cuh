@@ -72,7 +72,8 @@ __device__ __forceinline__ void cluster_sync() {
 
 // The same, but orders no memory.
 __device__ __forceinline__ void cluster_meet() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::
+                   : "memory");
 }
 
 // The same place in the shared memory of another block of the cluster.
@@ -135,8 +136,8 @@ __device__ __forceinline__ void store_remote(uint32_t to, const float* v) {
 // Store into another block's shared memory, whose barrier waits for the bytes.
 __device__ __forceinline__ void store_remote_counted(uint32_t to, float4 v, uint32_t barrier) {
   asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::
-          "r"(to),
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
+      ::"r"(to),
       "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
       : "memory");
 }

@@ -29,11 +29,11 @@ constexpr Cost kCosts[] = {cost<Rows32>(620), cost<Rows64>(780), cost<Rows64Wide
                            cost<Rows128>(860), cost<Rows128Wide>(1590)};
 // How many clusters of so many blocks run at once.
 constexpr int64_t kClusters[] = {0, 132, 66, 39, 30, 22, 17, 15, 15};
-constexpr int64_t kStart = 3200;     // until a block's first product, and to store a result
-constexpr int64_t kMeet = 400;       // for blocks of a cluster to wait for each other,
+constexpr int64_t kStart = 3200;      // until a block's first product, and to store a result
+constexpr int64_t kMeet = 400;        // for blocks of a cluster to wait for each other,
 constexpr int64_t kRemoteBytes = 18;  // and to send so many bytes for a nanosecond
 constexpr int64_t kAdd = 3500;        // to start the kernel that adds parts up,
-constexpr int64_t kBytesAtOnce = 18;  // and of a part for a nanosecond: all blocks write and read one
+constexpr int64_t kBytesAtOnce = 18;  // and of a part for a nanosecond, while all blocks have one
 
 struct Choice {
   int32_t layout, blocks, split;
@@ -126,7 +126,7 @@ const char* auto_gptq_cuda_q_wgmma(const Product* given, void* stream) {
     product.weight.perm = nullptr;
   }
   const Choice choice = choose(product, current_device().processors);
-  Deal dealt = deal(*given, choice);
+  Deal dealt = deal(*given, choice);  // parts lie behind sorted x
   dealt.x = product.x;
   const char* failure = describe_matrix(dealt.rows, product.x, product.type, product.m,
                                         product.weight.k, kCosts[choice.layout].rows,

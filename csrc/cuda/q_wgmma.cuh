@@ -1,14 +1,14 @@
 // y = x W^T for some dozen to some hundred rows of x, on the tensor cores of Hopper.
 //
-// A block computes its outputs for ROWS rows of x: the transposed product, so that the weight is the
-// operand that comes from registers, where its codes become numbers.  Four warps of producers keep a
-// ring of stages full, a stage being some tiles of x, codes and grids; two of them bring x into the
-// order of the codes.  A warpgroup of consumers has 64 outputs or twice as many; while the products
-// of one tile run, it decodes the next, into other registers.
+// A block computes its outputs for ROWS rows of x: the transposed product, so that the weight is
+// the operand that comes from registers, where its codes become numbers.  Four warps of producers
+// keep a ring of stages full, a stage being some tiles of x, codes and grids; two of them bring x
+// into the order of the codes.  A warpgroup of consumers has 64 outputs or twice as many; while the
+// products of one tile run, it decodes the next, into other registers.
 //
 // Results are rows by outputs of a block.  Where they do not fill all multiprocessors, either the
-// blocks of a cluster share the stages of a result and add up in shared memory, or the stages of all
-// results are dealt out evenly, and a second kernel adds up the parts, always in the same order.
+// blocks of a cluster share the stages of a result and add up in shared memory, or the stages of
+// all results are dealt out evenly, and a second kernel adds up the parts: always in one order.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,6 +18,7 @@
 #include "hopper.cuh"
 #include "mma.cuh"
 #include "q_wgmma.h"
+#include "shared.cuh"
 #include "store.cuh"
 #include "tiles.cuh"
 #include "warpgroup.cuh"
@@ -43,8 +44,8 @@ struct Config : L {
   static constexpr bool kOwn = GRIDS_ == Grids::kOwn;
   static constexpr DataType kType = Pairs<T>::kMantissa == 10 ? kFloat16 : kBFloat16;
 
-  // Either x is brought into the order of the codes, or the codes into that of x, where tensor cores
-  // leave no time to move so many rows about.
+  // Either x is brought into the order of the codes, or the codes into that of x, where tensor
+  // cores leave no time to move so many rows about.
   static constexpr bool kOrdersX = L::kRows < 128 || BITS_ != 4 || GRIDS_ == Grids::kSteps;
 
   static constexpr int kX = L::kRows * 128;  // bytes of 64 inputs
@@ -71,104 +72,11 @@ __device__ __forceinline__ int2 place_of_result(const Deal& p, int result) {
   return make_int2((band * 8 + inside % height) * C::kRows, inside / height * C::kColumns);
 }
 
-// Loads from shared memory by address, which keep their order among waits for barriers.
-__device__ __forceinline__ uint32_t load_half(uint32_t from) {
-  uint16_t v;
-  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(from));
-  return v;
-}
-
-__device__ __forceinline__ uint32_t load_byte(uint32_t from) {
-  uint32_t v;
-  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(from));
-  return v;
-}
-
-__device__ __forceinline__ uint4 load_vector(uint32_t from) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(from)
-               : "memory");
-  return v;
-}
-
-__device__ __forceinline__ float4 load_quadruple(uint32_t from) {
-  const uint4 v = load_vector(from);
-  return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z),
-                     __uint_as_float(v.w));
-}
-
-__device__ __forceinline__ void store_word(uint32_t to, uint32_t v) {
-  asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(v) : "memory");
-}
-
-__device__ __forceinline__ void store_vector(uint32_t to, float4 v) {
-  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(v.x), "f"(v.y), "f"(v.z),
-               "f"(v.w)
-               : "memory");
-}
-
 __device__ __forceinline__ void add(float4& sum, float4 part) {
   sum.x += part.x;
   sum.y += part.y;
   sum.z += part.z;
   sum.w += part.w;
-}
-
-// A lane's codes of a tile that begins at `tile`, of one of its row tiles.
-template <int BITS>
-__device__ __forceinline__ LaneCodes<BITS> read_codes(uint32_t tile, int row_tile, int lane) {
-  LaneCodes<BITS> codes;
-  if constexpr (BITS == 2 || BITS == 3) {
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
-                 : "=r"(codes.word[0]), "=r"(codes.word[1])
-                 : "r"(tile + row_tile * 256 + lane * 8));
-    if constexpr (BITS == 3) {
-      asm volatile("ld.shared.u32 %0, [%1];"
-                   : "=r"(codes.word[2])
-                   : "r"(tile + 1024 + row_tile * 128 + lane * 4));
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < BITS / 4; ++i) {
-      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(codes.word[4 * i]), "=r"(codes.word[4 * i + 1]),
-                     "=r"(codes.word[4 * i + 2]), "=r"(codes.word[4 * i + 3])
-                   : "r"(tile + (row_tile * (BITS / 4) + i) * 512 + lane * 16));
-    }
-  }
-  return codes;
-}
-
-// Codes of 16 inputs per lane, 4 bits, runs of 64: give word s the inputs 16 s + 2 q + {0, 1, 8, 9},
-// what lane q multiplies with where x lies in its own order.  The four lanes of a row transpose what
-// they have.
-__device__ __forceinline__ void order_codes(uint32_t (&w)[4]) {
-  const bool high = threadIdx.x & 2, odd = threadIdx.x & 1;
-  const uint32_t u[4] = {__byte_perm(w[0], w[2], 0x6240), __byte_perm(w[0], w[2], 0x7351),
-                         __byte_perm(w[1], w[3], 0x6240), __byte_perm(w[1], w[3], 0x7351)};
-  uint32_t moved[2], t[4];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    moved[i] = __shfl_xor_sync(0xffffffff, high ? u[i] : u[2 + i], 2);
-    w[i] = high ? u[2 + i] : u[i];
-  }
-  t[0] = high ? moved[0] : w[0];
-  t[1] = high ? moved[1] : w[1];
-  t[2] = high ? w[0] : moved[0];
-  t[3] = high ? w[1] : moved[1];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    moved[i] = __shfl_xor_sync(0xffffffff, odd ? t[2 * i] : t[2 * i + 1], 1);
-    w[i] = odd ? t[2 * i + 1] : t[2 * i];
-  }
-  const uint32_t stay[2] = {w[0], w[1]};
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    w[2 * i] = odd ? moved[i] : stay[i];
-    w[2 * i + 1] = odd ? stay[i] : moved[i];
-  }
 }
 
 // Store quadruples i and i + 1 of a thread's sums, i even.
@@ -184,7 +92,7 @@ template <typename C>
 struct Worker {
   using T = typename C::T;
   const Deal& p;
-  uint32_t ring;                        // addresses in shared memory: of the ring,
+  uint32_t ring;                       // addresses in shared memory: of the ring,
   uint32_t come, full, empty, joined;  // of its barriers, and of the one for sums of a cluster
 
   // Call work(result, first stage, end) for each part that this block computes.
@@ -204,7 +112,9 @@ struct Worker {
   // Call act(place, first tile of the inputs, slot) for every stage, once the slot's barrier, of
   // those that begin at `barriers`, has changed its phase.
   template <typename Act>
-  __device__ __forceinline__ void for_stages(uint32_t barriers, uint32_t parity, const Act& act) const {
+  __device__ __forceinline__ void for_stages(uint32_t barriers,
+                                             uint32_t parity,
+                                             const Act& act) const {
     Cursor<C::kStages> at;
     for_parts([&](int result, int first, int last) {
       const int2 place = place_of_result<C>(p, result);
@@ -239,8 +149,8 @@ struct Worker {
     }
   }
 
-  // Two warps bring x into the order in which lanes have codes (arrange.h), where it lies: eight lanes
-  // have a row's vectors of eight inputs, and each pair of inputs goes to a vector of another step.
+  // Two warps bring x into the order in which lanes have codes (arrange.h), where it lies: eight
+  // lanes have a row's vectors of eight inputs, and each pair goes to a vector of another step.
   __device__ __forceinline__ void order_x(int warp) const {
     constexpr int kAtOnce = 4;
     const int lane = threadIdx.x % 32, row = lane / 8, vector = lane % 8;

@@ -45,11 +45,11 @@ __device__ __forceinline__ void store_sums(const Product& p, int row, int output
   }
 }
 
-// Store a warp's sums of 16 outputs for 16 rows of x: in whole vectors, which a lane gets
-// from four: `first` and `second` are what store_sums takes for eight rows each.
+// Store a warp's sums of 16 outputs for 16 rows of x, in whole vectors: `first` and `second` are
+// what store_sums takes for eight rows each.
 template <typename T>
-__device__ __forceinline__ void store_sixteen_rows(const Product& p, int row, int output, float4 first,
-                                              float4 second) {
+__device__ __forceinline__ void store_sixteen_rows(
+    const Product& p, int row, int output, float4 first, float4 second) {
   const int lane = threadIdx.x % 32, n = static_cast<int>(p.weight.n);
   if (output >= n) {  // N is a multiple of 32
     return;
@@ -60,9 +60,10 @@ __device__ __forceinline__ void store_sixteen_rows(const Product& p, int row, in
     first = make_float4(first.x + low, first.y + low, first.z + high, first.w + high);
     second = make_float4(second.x + low, second.y + low, second.z + high, second.w + high);
   }
-  // Of each of four 8 x 8 matrices a lane has two outputs of row lane / 4; it gets all eight of one.
-  const uint32_t m[4] = {transpose(pack<T>(first.x, first.y)), transpose(pack<T>(first.z, first.w)),
-                         transpose(pack<T>(second.x, second.y)), transpose(pack<T>(second.z, second.w))};
+  // Of four 8 x 8 matrices a lane has two outputs of row lane / 4; it gets all eight of one.
+  const uint32_t m[4] = {
+      transpose(pack<T>(first.x, first.y)), transpose(pack<T>(first.z, first.w)),
+      transpose(pack<T>(second.x, second.y)), transpose(pack<T>(second.z, second.w))};
   const bool high = lane & 2, odd = lane & 1;
   uint32_t v[2][2];  // of two matrices, the pair of this lane or the one before, and two further
 #pragma unroll
