@@ -133,12 +133,12 @@ __device__ __forceinline__ void store_remote(uint32_t to, const float* v) {
                : "memory");
 }
 
-// Store into another block's shared memory, whose barrier waits for the bytes.
-__device__ __forceinline__ void store_remote_counted(uint32_t to, float4 v, uint32_t barrier) {
+// The same, and tell a barrier over there how many bytes have come.
+__device__ __forceinline__ void store_remote(uint32_t to, const float* v, uint32_t barrier) {
   asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
-      ::"r"(to),
-      "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(to),
+      "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(barrier)
       : "memory");
 }
 

@@ -296,8 +296,12 @@ struct Worker {
 
   using Sums = float[C::kTiles][C::kRows / 2];
 
+  __device__ __forceinline__ static const float* four_of(const Sums& sums, int i) {
+    return sums[i / (C::kRows / 8)] + i % (C::kRows / 8) * 4;
+  }
+
   __device__ __forceinline__ static float4 quadruple(const Sums& sums, int i) {
-    const float* four = sums[i / (C::kRows / 8)] + i % (C::kRows / 8) * 4;
+    const float* four = four_of(sums, i);
     return make_float4(four[0], four[1], four[2], four[3]);
   }
 
@@ -340,7 +344,7 @@ struct Worker {
       if (owner == rank) {
         store_vector(to, quadruple(sums, i));
       } else {
-        store_remote_counted(map_shared(to, owner), quadruple(sums, i), map_shared(joined, owner));
+        store_remote(map_shared(to, owner), four_of(sums, i), map_shared(joined, owner));
       }
     }
     barrier_wait(joined, 0);
