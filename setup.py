@@ -31,7 +31,11 @@ HEADERS = sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in
 CUDA_TARGETS = os.environ.get("AUTO_GPTQ_CUDA_TARGETS", "75 80 86 89 90").split()
 
 # Files that use what only some chips have; code for 8.0 also runs on 8.6 and 8.9.
-OWN_TARGETS = {"q_mma": ["80"], "q_wgmma_sm90": ["90a"], "q_wide_sm90": ["90a"]}
+OWN_TARGETS = {
+    "q_mma": ["80"],
+    "q_wide_sm90": ["90a"],
+    **{f"q_wgmma_{bits}": ["90a"] for bits in (2, 3, 4, 8)},
+}
 OWN_TARGETS |= {"route": ["80", "90"]}
 OWN_TARGETS |= {f"q_experts{bits}": ["80", "90"] for bits in ("", "_2", "_3", "_4", "_8")}
 

@@ -58,7 +58,8 @@ const char* launch(void (*kernel)(Task),
                    dim3 blocks,
                    int threads,
                    int shared_bytes,
-                   cudaStream_t stream) {
+                   cudaStream_t stream,
+                   int cluster = 1) {
   if (shared_bytes > 48 * 1024) {
     const cudaError_t error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
@@ -71,11 +72,13 @@ const char* launch(void (*kernel)(Task),
   config.blockDim = threads;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &early;
-  config.numAttrs = current_device().sm >= 90 ? 1 : 0;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  config.attrs = attributes;
+  config.numAttrs = current_device().sm < 90 ? 0 : cluster > 1 ? 2 : 1;
   return outcome(cudaLaunchKernelEx(&config, kernel, task));
 }
 

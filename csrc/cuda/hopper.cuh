@@ -85,6 +85,12 @@ __device__ __forceinline__ void cluster_sync() {
                    : "memory");
 }
 
+// The same, but orders no memory.
+__device__ __forceinline__ void cluster_meet() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::
+                   : "memory");
+}
+
 // The same place in the shared memory of another block of the cluster.
 __device__ __forceinline__ uint32_t map_shared(uint32_t address, int rank) {
   uint32_t mapped;

@@ -1,46 +1,31 @@
 // y = x W^T for some dozen to some hundred rows of x, on the tensor cores of Hopper.
 //
-// A block computes its outputs for ROWS rows of x: the transposed product, so that the weight is the
-// operand that comes from registers, where its codes become numbers.  Four warps of producers keep a
-// ring of stages full, a stage being some tiles of arranged x (arrange.h), codes and grids.
-// A warpgroup of consumers has 64 outputs or twice as many; while the products of one tile run, it
-// decodes the next, into other registers.
+// A block computes its outputs for ROWS rows of x: the transposed product, so that the weight is
+// the operand that comes from registers, where its codes become numbers.  Four warps of producers
+// keep a ring of stages full, a stage being some tiles of x, codes and grids; two of them bring x
+// into the order of the codes.  A warpgroup of consumers has 64 outputs or twice as many; while the
+// products of one tile run, it decodes the next, into other registers.
 //
-// Results are rows by outputs of a block.  Where they do not fill all multiprocessors, the stages of
-// all results are dealt out evenly, so blocks have parts of results, and a second kernel adds them
-// up, always in the same order.
+// Results are rows by outputs of a block.  Where they do not fill all multiprocessors, either the
+// blocks of a cluster share the stages of a result and add up in shared memory, or the stages of
+// all results are dealt out evenly, and a second kernel adds up the parts: always in one order.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <algorithm>
 
-#include "arrange.h"
 #include "hopper.cuh"
 #include "mma.cuh"
+#include "q_wgmma.h"
+#include "shared.cuh"
 #include "store.cuh"
 #include "tiles.cuh"
+#include "warpgroup.cuh"
 
 namespace auto_gptq {
 
 using namespace hopper;
-
-// How a block is built.
-template <int ROWS, int GROUPS, int TILES, int DEPTH>
-struct Layout {
-  static constexpr int kRows = ROWS;            // of x
-  static constexpr int kGroups = GROUPS;        // warpgroups of consumers
-  static constexpr int kTiles = TILES;          // tiles of outputs that a warpgroup has
-  static constexpr int kDepth = DEPTH;          // tiles of inputs in a stage
-  static constexpr int kUnits = TILES * DEPTH;  // tiles that a warpgroup has in a stage
-  static constexpr int kColumns = GROUPS * TILES * kSide;
-  static constexpr int kConsumers = GROUPS * 128, kThreads = kConsumers + 128;
-  static constexpr int kEights = TILES * ROWS / 8;  // quadruples of sums that a thread has
-  // A multiprocessor has 64 Ki registers, a thread gets multiples of 8 at the start.
-  static constexpr int kGive = GROUPS == 2 ? 40 : 56;
-  static constexpr int kTake = GROUPS == 4 ? 104 : GROUPS == 3 ? 152 : 232;
-  static_assert(kUnits % 2 == 0);  // they take turns with two sets of registers
-};
 
 // Which grids a kernel understands.
 enum class Grids {
@@ -59,6 +44,10 @@ struct Config : L {
   static constexpr bool kOwn = GRIDS_ == Grids::kOwn;
   static constexpr DataType kType = Pairs<T>::kMantissa == 10 ? kFloat16 : kBFloat16;
 
+  // Either x is brought into the order of the codes, or the codes into that of x, where tensor
+  // cores leave no time to move so many rows about.
+  static constexpr bool kOrdersX = L::kRows < 128 || BITS_ != 4 || GRIDS_ == Grids::kSteps;
+
   static constexpr int kX = L::kRows * 128;  // bytes of 64 inputs
   static constexpr int kTile = 512 * kBits;
   static constexpr int kColumn = L::kDepth * kTile;  // tiles of one 64 outputs lie together
@@ -70,35 +59,8 @@ struct Config : L {
   static constexpr int kStages = std::min((226 << 10) / kPerStage, 12);
   static constexpr int kGridsAt = kStages * kStage;
   static constexpr int kBarriersAt = kStages * kPerStage;
-  static constexpr int kBytes = kBarriersAt + 16 * kStages;
+  static constexpr int kBytes = kBarriersAt + 24 * kStages + 8;
   static_assert(kStage % 1024 == 0 && kStages > 1 && kBytes <= 227 << 10);
-};
-
-struct Deal : Product {
-  int32_t m_blocks, n_blocks;  // results
-  int32_t k_tiles;             // of the inputs
-  int32_t stages;              // of a result
-  int32_t blocks;              // that run
-  int32_t share, longer;       // stages of a block; the first `longer` have one more
-  int32_t all_rows, n_pad;     // of arranged x, of scales
-  int32_t whole;               // blocks take whole results in turn
-  float4* parts;               // [blocks + results - 1, eights, threads]
-
-  __device__ __forceinline__ int results() const { return m_blocks * n_blocks; }
-
-  // The first of the stages of all results that are dealt to a block, and the block of a stage.
-  __device__ __forceinline__ int begin_of(int block) const {
-    return block * share + min(block, longer);
-  }
-  __device__ __forceinline__ int block_of(int stage) const {
-    const int behind = stage - longer * (share + 1);
-    return behind < 0 ? stage / (share + 1) : longer + behind / share;
-  }
-
-  // A block's part of a result: of blocks and results in their order, each step adds one.
-  __device__ __forceinline__ float4* part_of(int block, int result, int size) const {
-    return parts + int64_t{block + result} * size + threadIdx.x;
-  }
 };
 
 // The first row of x and the first output of a result.  Results next to each other share rows of x
@@ -110,172 +72,159 @@ __device__ __forceinline__ int2 place_of_result(const Deal& p, int result) {
   return make_int2((band * 8 + inside % height) * C::kRows, inside / height * C::kColumns);
 }
 
-// A position in the ring, and the parity of its rounds.
-template <int STAGES>
-struct Cursor {
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++stage == STAGES) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
-// Loads from shared memory by address, which keep their order among waits for barriers.
-__device__ __forceinline__ uint32_t load_half(uint32_t from) {
-  uint16_t v;
-  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(from));
-  return v;
+__device__ __forceinline__ void add(float4& sum, float4 part) {
+  sum.x += part.x;
+  sum.y += part.y;
+  sum.z += part.z;
+  sum.w += part.w;
 }
 
-__device__ __forceinline__ uint32_t load_byte(uint32_t from) {
-  uint32_t v;
-  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(from));
-  return v;
-}
-
-// A lane's codes of a tile that begins at `tile`, of one of its row tiles.
-template <int BITS>
-__device__ __forceinline__ LaneCodes<BITS> read_codes(uint32_t tile, int row_tile, int lane) {
-  LaneCodes<BITS> codes;
-  if constexpr (BITS == 2 || BITS == 3) {
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
-                 : "=r"(codes.word[0]), "=r"(codes.word[1])
-                 : "r"(tile + row_tile * 256 + lane * 8));
-    if constexpr (BITS == 3) {
-      asm volatile("ld.shared.u32 %0, [%1];"
-                   : "=r"(codes.word[2])
-                   : "r"(tile + 1024 + row_tile * 128 + lane * 4));
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < BITS / 4; ++i) {
-      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(codes.word[4 * i]), "=r"(codes.word[4 * i + 1]),
-                     "=r"(codes.word[4 * i + 2]), "=r"(codes.word[4 * i + 3])
-                   : "r"(tile + (row_tile * (BITS / 4) + i) * 512 + lane * 16));
-    }
-  }
-  return codes;
-}
-
-// Store quadruple i of a thread's sums.
+// Store quadruples i and i + 1 of a thread's sums, i even.
 template <typename C>
-__device__ __forceinline__ void store_eight(const Product& p, int2 place, int i, float4 sum) {
+__device__ __forceinline__ void store_pair(
+    const Product& p, int2 place, int i, float4 first, float4 second) {
   const int warp = threadIdx.x / 32, tile = warp / 4 * C::kTiles + i / (C::kRows / 8);
-  store_sums<typename C::T>(p, place.x + i % (C::kRows / 8) * 8,
-                            place.y + tile * kSide + warp % 4 * 16, sum);
+  store_sixteen_rows<typename C::T>(p, place.x + i % (C::kRows / 8) * 8,
+                                    place.y + tile * kSide + warp % 4 * 16, first, second);
 }
 
 template <typename C>
 struct Worker {
   using T = typename C::T;
   const Deal& p;
-  uint32_t ring, full, empty;  // addresses of the ring and of its barriers in shared memory
+  uint32_t ring;                       // addresses in shared memory: of the ring,
+  uint32_t come, full, empty, joined;  // of its barriers, and of the one for sums of a cluster
 
   // Call work(result, first stage, end) for each part that this block computes.
   template <typename Work>
   __device__ __forceinline__ void for_parts(const Work& work) const {
-    const int block = blockIdx.x;
-    const int end = p.whole ? p.results() * p.stages : p.begin_of(block + 1);
-    int stage = p.whole ? block * p.stages : p.begin_of(block);
+    const int block = blockIdx.x, split = p.split, rank = split ? block % split : 0;
+    const int end = split ? p.results() * p.stages : p.begin_of(block + 1);
+    const int stop = split ? p.stages * (rank + 1) / split : p.stages;
+    int stage = split ? block / split * p.stages + p.stages * rank / split : p.begin_of(block);
     while (stage < end) {
-      const int first = stage % p.stages, last = min(p.stages, first + end - stage);
+      const int first = stage % p.stages, last = min(stop, first + end - stage);
       work(stage / p.stages, first, last);
-      stage += p.whole ? p.blocks * p.stages : last - first;
+      stage += split ? p.blocks / split * p.stages : last - first;
     }
   }
 
-  // Call copy(place, tile of the inputs, slot, barrier) for the stages whose turn it is, once their
-  // slots are empty.
-  template <typename Copy>
-  __device__ __forceinline__ void fill(int turn, int turns, const Copy& copy) const {
+  // Call act(place, first tile of the inputs, slot) for every stage, once the slot's barrier, of
+  // those that begin at `barriers`, has changed its phase.
+  template <typename Act>
+  __device__ __forceinline__ void for_stages(uint32_t barriers,
+                                             uint32_t parity,
+                                             const Act& act) const {
     Cursor<C::kStages> at;
     for_parts([&](int result, int first, int last) {
       const int2 place = place_of_result<C>(p, result);
 #pragma unroll 1
       for (int stage = first; stage < last; ++stage) {
-        if (turn == 0) {
-          barrier_wait(empty + 8 * at.stage, at.parity ^ 1);
-          copy(place, stage * C::kDepth, at.stage, full + 8 * at.stage);
-          turn = turns;
-        }
-        --turn;
+        barrier_wait(barriers + 8 * at.stage, at.parity ^ parity);
+        act(place, stage * C::kDepth, at.stage);
         at.advance();
       }
     });
   }
 
-  // One lane of each of four warps.  What belongs to weights takes so many instructions that one
-  // warp, beside those that decode, does not keep up: three take turns.
   __device__ __forceinline__ void produce(int warp) const {
     if (warp == 0) {
-      wait_for_previous_kernel();  // which arranges x
-      fill(0, 1, [&](int2 place, int tile, int slot, uint32_t barrier) {
-        copy_x(place, tile, ring + slot * C::kStage, barrier);
-      });
-    } else {
-      fill(warp - 1, 3, [&](int2 place, int tile, int slot, uint32_t barrier) {
-        copy_weight(place, tile, slot, barrier);
+      for_stages(empty, 1, [&](int2 place, int tile, int slot) { copy_weight(place, tile, slot); });
+    } else if (warp > 1) {
+      if constexpr (C::kOrdersX) {
+        order_x(warp - 2);
+      }
+    } else if (threadIdx.x % 32 == 0) {
+      const auto self = static_cast<uint16_t>(1 << cluster_rank());
+      wait_for_previous_kernel();
+      for_stages(empty, 1, [&](int2 place, int tile, int slot) {
+        const uint32_t barrier = (C::kOrdersX ? come : full) + 8 * slot;
+        barrier_expect(barrier, C::kDepth * C::kX);
+#pragma unroll
+        for (int d = 0; d < C::kDepth; ++d) {
+          box_copy(ring + slot * C::kStage + d * C::kX, &p.rows, (tile + d) * kSide, place.x,
+                   barrier, self);
+        }
       });
     }
+  }
+
+  // Two warps bring x into the order in which lanes have codes (arrange.h), where it lies: eight
+  // lanes have a row's vectors of eight inputs, and each pair goes to a vector of another step.
+  __device__ __forceinline__ void order_x(int warp) const {
+    constexpr int kAtOnce = 4;
+    const int lane = threadIdx.x % 32, row = lane / 8, vector = lane % 8;
+    const int run = p.weight.run, quarter = run / 4;
+    const uint32_t from = row * 128 + (vector ^ row) * 16;
+    uint32_t to[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int input = vector * 8 + i * 2, in_run = input % run, in_quarter = in_run % quarter;
+      const int step = input / run * (run / 16) + in_quarter / 4;
+      to[i] = row * 128 + ((2 * step + in_quarter % 4 / 2) ^ row) * 16 + in_run / quarter * 4;
+    }
+    for_stages(come, 0, [&](int2 place, int, int slot) {
+      const int rows = min(static_cast<int>(p.m) - place.x, C::kRows);
+#pragma unroll
+      for (int d = 0; d < C::kDepth; ++d) {
+        const uint32_t tile = ring + slot * C::kStage + d * C::kX;
+#pragma unroll 1
+        for (int first = warp * (4 * kAtOnce); first < rows; first += 2 * 4 * kAtOnce) {
+          uint4 v[kAtOnce];
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i) {  // four rows, the swizzle of the next four differs
+            v[i] = load_vector(tile + first * 128 + i * 512 + (from ^ i % 2 * 64));
+          }
+          __syncwarp();
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i) {
+            const uint32_t at = tile + first * 128 + i * 512;
+            store_word(at + (to[0] ^ i % 2 * 64), v[i].x);
+            store_word(at + (to[1] ^ i % 2 * 64), v[i].y);
+            store_word(at + (to[2] ^ i % 2 * 64), v[i].z);
+            store_word(at + (to[3] ^ i % 2 * 64), v[i].w);
+          }
+        }
+      }
+      publish_shared();
+      __syncwarp();
+      if (lane == 0) {
+        barrier_arrive(full + 8 * slot);
+      }
+    });
   }
 
   // Behind the last inputs there are zeros of x, and any codes that happen to be there.
-  __device__ __forceinline__ void copy_x(int2 place,
-                                         int tile,
-                                         uint32_t to,
-                                         uint32_t barrier) const {
-    const int rows = min(p.all_rows - place.x, C::kRows);
-    barrier_expect(barrier, C::kDepth * rows * 128);
-    const auto* from =
-        static_cast<const uint8_t*>(p.workspace) + (int64_t{tile} * p.all_rows + place.x) * 128;
-#pragma unroll
-    for (int d = 0; d < C::kDepth; ++d) {
-      bulk_copy(to, from, rows * 128, barrier);
-      to += C::kX;
-      from += int64_t{p.all_rows} * 128;
-    }
-  }
-
-  __device__ __forceinline__ void copy_weight(int2 place,
-                                              int tile,
-                                              int slot,
-                                              uint32_t barrier) const {
+  __device__ __forceinline__ void copy_weight(int2 place, int tile, int slot) const {
+    const uint32_t lane = threadIdx.x % 32, barrier = full + 8 * slot;
     const int columns = min(p.n_pad - place.y, C::kColumns), first = place.y / kSide;
     const int bytes = min(C::kDepth, p.k_tiles - tile) * C::kTile;
     const int scale_bytes = C::kOwn ? 2 : scale_size();
     const bool zeros = !C::kOwn && p.weight.zeros;
-    barrier_expect(barrier, columns / kSide * bytes +
-                                C::kDepth * C::kSpans * columns * (scale_bytes + zeros));
-    uint32_t to = ring + slot * C::kStage + C::kDepth * C::kX;
-    const uint32_t* from = p.weight.tiles + (int64_t{first} * p.k_tiles + tile) * (128 * C::kBits);
-#pragma unroll 1
-    for (int i = 0; i < columns; i += kSide) {
-      bulk_copy(to, from, bytes, barrier);
-      to += C::kColumn;
-      from += int64_t{p.k_tiles} * (128 * C::kBits);
+    if (lane == 0) {
+      barrier_expect(barrier, columns / kSide * bytes +
+                                  C::kDepth * C::kSpans * columns * (scale_bytes + zeros));
     }
-    to = ring + C::kGridsAt + slot * (C::kDepth * C::kGrid);
-#pragma unroll 1
-    for (int i = 0; i < C::kDepth * C::kSpans; ++i) {
-      const int span = i % C::kSpans;
-      const uint32_t input =
-          (tile + i / C::kSpans) * kSide + (C::kSpans == 1 ? 0 : input_of(span));
+    __syncwarp();
+    if (lane < columns / kSide) {
+      bulk_copy(ring + slot * C::kStage + C::kDepth * C::kX + lane * C::kColumn,
+                p.weight.tiles + (int64_t{first + lane} * p.k_tiles + tile) * (128 * C::kBits),
+                bytes, barrier);
+    } else if (lane - 16 < C::kDepth * C::kSpans) {
+      const int d = (lane - 16) / C::kSpans, span = (lane - 16) % C::kSpans;
+      const uint32_t input = (tile + d) * kSide + (C::kSpans == 1 ? 0 : input_of(span));
       const uint32_t group = min(input / static_cast<uint32_t>(p.weight.group_size),
                                  static_cast<uint32_t>(p.weight.groups) - 1);
       const int64_t at = int64_t{group} * p.n_pad + place.y;
+      const uint32_t to = ring + C::kGridsAt + (slot * C::kDepth + d) * C::kGrid;
       bulk_copy(to + span * C::kSpan,
                 static_cast<const uint8_t*>(p.weight.scales) + at * scale_bytes,
                 columns * scale_bytes, barrier);
       if (zeros) {
         bulk_copy(to + C::kZeros + span * C::kColumns, p.weight.zeros + at, columns, barrier);
       }
-      to += span == C::kSpans - 1 ? C::kGrid : 0;
     }
+    __syncwarp();
   }
 
   __device__ __forceinline__ int input_of(int step) const {
@@ -309,6 +258,9 @@ struct Worker {
           const int at_tile = u % C::kTiles * C::kColumn + u / C::kTiles * C::kTile;
           codes[u] =
               read_codes<C::kBits>(tiles + at.stage * C::kStage + at_tile, warp % 4, lane);
+          if constexpr (!C::kOrdersX) {
+            order_codes(codes[u].word);
+          }
         }
         const uint64_t rows = rows_descriptor(ring + at.stage * C::kStage);
 #pragma unroll
@@ -342,21 +294,69 @@ struct Worker {
     });
   }
 
-  // Store sums, or leave them as a part of a result.
-  __device__ __forceinline__ void finish(const float (&sums)[C::kTiles][C::kRows / 2],
-                                         int result,
-                                         bool complete) const {
+  using Sums = float[C::kTiles][C::kRows / 2];
+
+  __device__ __forceinline__ static const float* four_of(const Sums& sums, int i) {
+    return sums[i / (C::kRows / 8)] + i % (C::kRows / 8) * 4;
+  }
+
+  __device__ __forceinline__ static float4 quadruple(const Sums& sums, int i) {
+    const float* four = four_of(sums, i);
+    return make_float4(four[0], four[1], four[2], four[3]);
+  }
+
+  // Store sums, leave them as a part of a result, or add up those of a cluster.
+  __device__ __forceinline__ void finish(const Sums& sums, int result, bool complete) const {
     const int2 place = place_of_result<C>(p, result);
+    if (p.split > 1) {
+      join(sums, place);
+      return;
+    }
     float4* part = p.part_of(blockIdx.x, result, C::kEights * C::kConsumers);
 #pragma unroll
-    for (int i = 0; i < C::kEights; ++i) {
-      const float* four = sums[i / (C::kRows / 8)] + i % (C::kRows / 8) * 4;
-      const float4 sum = make_float4(four[0], four[1], four[2], four[3]);
+    for (int i = 0; i < C::kEights; i += 2) {
       if (complete) {
-        store_eight<C>(p, place, i, sum);
+        store_pair<C>(p, place, i, quadruple(sums, i), quadruple(sums, i + 1));
       } else {
-        __stcg(part + i * C::kConsumers, sum);
+        __stcg(part + i * C::kConsumers, quadruple(sums, i));
+        __stcg(part + (i + 1) * C::kConsumers, quadruple(sums, i + 1));
       }
+    }
+  }
+
+  // Every block of the cluster gets a share of the sums of all, adds them up and stores the result.
+  __device__ __forceinline__ void join(const Sums& sums, int2 place) const {
+    constexpr int kPairs = C::kEights / 2;
+    constexpr uint32_t kPart = C::kConsumers * 16;
+    int split = p.split, rank = cluster_rank();
+    asm volatile("" : "+r"(split), "+r"(rank));  // not computed before the products
+    const auto first_of = [&](int owner) { return (owner * kPairs + split - 1) / split; };
+    const int first = first_of(rank), last = first_of(rank + 1);
+    if (threadIdx.x == 0) {
+      barrier_expect(joined, (last - first) * 2 * (split - 1) * kPart);
+    }
+    cluster_meet();  // from here on, nobody needs what lies in the ring
+    const uint32_t slot = ring + threadIdx.x * 16;
+#pragma unroll
+    for (int i = 0; i < C::kEights; ++i) {
+      const int owner = i / 2 * split / kPairs;
+      const uint32_t to = slot + ((i - 2 * first_of(owner)) * split + rank) * kPart;
+      if (owner == rank) {
+        store_vector(to, quadruple(sums, i));
+      } else {
+        store_remote(map_shared(to, owner), four_of(sums, i), map_shared(joined, owner));
+      }
+    }
+    barrier_wait(joined, 0);
+#pragma unroll 1
+    for (int i = 0; i < last - first; ++i) {
+      float4 sum[2] = {};
+#pragma unroll 2
+      for (int part = 0; part < split; ++part) {
+        add(sum[0], load_quadruple(slot + (2 * i * split + part) * kPart));
+        add(sum[1], load_quadruple(slot + ((2 * i + 1) * split + part) * kPart));
+      }
+      store_pair<C>(p, place, 2 * (first + i), sum[0], sum[1]);
     }
   }
 
@@ -410,22 +410,25 @@ template <typename C>
 __global__ void __launch_bounds__(C::kThreads, 1) q_wgmma(const __grid_constant__ Deal p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) uint8_t shared[];
-  const uint32_t ring = shared_address(shared), full = ring + C::kBarriersAt;
-  const Worker<C> worker{p, ring, full, full + 8 * C::kStages};
+  const uint32_t ring = shared_address(shared), come = ring + C::kBarriersAt;
+  constexpr int kBarriers = 8 * C::kStages;
+  const Worker<C> worker{
+      p, ring, come, come + kBarriers, come + 2 * kBarriers, come + 3 * kBarriers};
   if (threadIdx.x == 0) {
     for (int s = 0; s < C::kStages; ++s) {
-      barrier_init(worker.full + 8 * s, 2);  // of x, of weights
+      barrier_init(worker.come + 8 * s, 1);
+      barrier_init(worker.full + 8 * s, C::kOrdersX ? 3 : 2);  // warps: of weights, of x
       barrier_init(worker.empty + 8 * s, C::kConsumers / 32);
     }
+    barrier_init(worker.joined, 1);
     barriers_ready();
   }
   __syncthreads();
   let_next_kernel_start();
   if (threadIdx.x >= C::kConsumers) {
     give_registers<C::kGive>();
-    if (threadIdx.x % 32 == 0) {
-      worker.produce((threadIdx.x - C::kConsumers) / 32);
-    }
+    worker.produce((threadIdx.x - C::kConsumers) / 32);
+    __syncwarp();
   } else {
     take_registers<C::kTake>();
     worker.consume();
@@ -433,28 +436,27 @@ __global__ void __launch_bounds__(C::kThreads, 1) q_wgmma(const __grid_constant_
 #endif
 }
 
-// y = the sums of the parts of results that several blocks share; block (i, result).
+// y = the sums of the parts of results that several blocks share; block (i / 2, result).
 template <typename C>
 __global__ void __launch_bounds__(C::kConsumers) add_parts(const __grid_constant__ Deal p) {
   let_next_kernel_start();
-  const int i = blockIdx.x % C::kEights, result = blockIdx.x / C::kEights;
+  constexpr int kPairs = C::kEights / 2;
+  const int i = blockIdx.x % kPairs * 2, result = blockIdx.x / kPairs;
   const int first = p.block_of(result * p.stages);
   const int last = p.block_of((result + 1) * p.stages - 1);
+  const float4* part = p.part_of(first, result, C::kEights * C::kConsumers) + i * C::kConsumers;
   wait_for_previous_kernel();
   if (first == last) {
     return;
   }
-  float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll 8
+  float4 sum[2] = {};
+#pragma unroll 4
   for (int block = first; block <= last; ++block) {
-    const float4 part =
-        __ldcg(p.part_of(block, result, C::kEights * C::kConsumers) + i * C::kConsumers);
-    sum.x += part.x;
-    sum.y += part.y;
-    sum.z += part.z;
-    sum.w += part.w;
+    add(sum[0], __ldcg(part));
+    add(sum[1], __ldcg(part + C::kConsumers));
+    part += C::kEights * C::kConsumers;
   }
-  store_eight<C>(p, place_of_result<C>(p, result), i, sum);
+  store_pair<C>(p, place_of_result<C>(p, result), i, sum[0], sum[1]);
 }
 
 }  // namespace auto_gptq
