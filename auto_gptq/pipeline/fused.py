@@ -1,7 +1,7 @@
 """A block's norms and rotations in one kernel each, while a model is quantized in 16 bits.
 
 transformers writes a norm as seven operations on all hidden states and a rotation as ten, which
-together take half as long as the block's products.
+together take about half as long as the products of a forward pass.
 """
 
 from __future__ import annotations

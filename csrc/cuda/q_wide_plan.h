@@ -65,11 +65,13 @@ constexpr struct {
 constexpr int kTurn = 1000;  // to store results
 constexpr int kJoin = 22;    // to add up two blocks' sums, for each row of a result
 
-inline Work choose(int64_t m, int64_t n, int64_t k, int multiprocessors) {
+// With 8 bits results of more than 128 rows took half as long again as others of the same size.
+inline Work choose(int64_t m, int64_t n, int64_t k, int bits, int multiprocessors) {
   const int pairs = std::max(multiprocessors / 2, 1);
   Work best = {};
   int64_t least = INT64_MAX;
   for (const auto& cost : kCosts) {
+    if (bits == 8 && cost.rows > 128) continue;
     const auto m_blocks = static_cast<int>((m + cost.rows - 1) / cost.rows);
     const auto n_blocks = static_cast<int>((n + 2 * cost.columns - 1) / (2 * cost.columns));
     const auto stages = static_cast<int>((k + kInputs - 1) / kInputs);

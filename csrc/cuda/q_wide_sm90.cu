@@ -113,7 +113,7 @@ int64_t auto_gptq_cuda_q_wide_bytes(const Product* product) {
 const char* auto_gptq_cuda_q_wide(const Product* product, void* stream) {
   const Tiled& weight = product->weight;
   Task task{*product,
-            choose(product->m, weight.n, weight.k, current_device().processors)};
+            choose(product->m, weight.n, weight.k, weight.bits, current_device().processors)};
   const auto on = static_cast<cudaStream_t>(stream);
   switch (product->weight.bits) {
     case 2:
