@@ -142,6 +142,23 @@ __device__ __forceinline__ void publish_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// Tell another block that what this one has written is there: a number that it waits for.  What is
+// there then may be copied.
+__device__ __forceinline__ void set_flag(uint64_t* flag, uint64_t number) {
+  __threadfence();
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(number) : "memory");
+}
+
+// The flag is zero afterwards.
+__device__ __forceinline__ void wait_for_flag(uint64_t* flag, uint64_t number) {
+  uint64_t found;
+  do {
+    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(found) : "l"(flag) : "memory");
+  } while (found != number);
+  *flag = 0;
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
 __device__ __forceinline__ void store_remote(uint32_t to, const float* v) {
   asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(v[0]), "f"(v[1]),
                "f"(v[2]), "f"(v[3])

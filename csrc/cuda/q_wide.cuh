@@ -1,7 +1,8 @@
 // y = x W^T for hundreds of rows of x, on the tensor cores of Hopper.
 //
 // A block computes 128 or 192 outputs for ROWS rows of x, a pair of blocks neighbouring outputs for
-// the same rows: each fetches half of the rows for both.  The product is transposed, so that the
+// the same rows: each fetches half of the rows for both.  Of some results two pairs compute some
+// inputs each (q_wide_plan.h); sums go from one to the other through memory.  The product is transposed, so that the
 // weight is the operand that comes from registers.  Warps of producers keep a ring of stages full,
 // a stage being 64 inputs of x, tiles and grids.  Warpgroups of consumers have 64 outputs each; they
 // turn codes into numbers while the products of those before run.
@@ -29,6 +30,12 @@ struct Task {
   Work work;
   CUtensorMap x, y;
   int x_columns, x_rows;  // how far in the matrix of x the next 64 inputs are
+  // Sums of each block that gives some, and whether they are there: then its flag has a number that
+  // no other launch uses.  Until then it has any content, which is that number once in 2^64 times.
+  // Whoever takes the sums leaves a zero, for the next replay of a graph.
+  uint8_t* sums;
+  uint64_t* flags;
+  uint64_t number;
 };
 
 constexpr int kProducers = 128;
@@ -51,14 +58,17 @@ struct Block {
   static constexpr int kStages = std::min((kSharedBytes - 1024 - kBoxes) / (kStage + G::kBytes), 8);
   static constexpr int kGridsBegin = kStages * kStage + kBoxes;  // need no alignment to 1024
   static constexpr int kBytes = 1024 + kBoxes + kStages * (kStage + G::kBytes);
-  static constexpr int kJoined = ROWS / 2 * kColumns * 4;  // bytes that each of a pair gets
-  static_assert(kStages >= 3 && kJoined <= kStages * kStage);
+  static_assert(kStages >= 3);
+
+  // Sums of another block come through the ring, in place of x: so many from each lane at a time.
+  static constexpr int kQuads = kX / (16 * kConsumers) / 2 * 2, kSums = kQuads * 16 * kConsumers;
+  static constexpr int kTakes = ROWS / 8 / kQuads;
+  static_assert(kTakes * kQuads == ROWS / 8);
 
   const Task& task;
   const Product& p;
   uint8_t* ring;
   uint32_t address, full, empty;  // of the ring and of its barriers, in shared memory
-  uint32_t vacant, received;      // barriers: the other block's ring is empty; its sums are here
   int rank;                       // in the pair
 
   __device__ __forceinline__ int n_pad() const {
@@ -74,14 +84,14 @@ struct Block {
     }
   }
 
-  // Call copy(stage, barrier) for every stage of a part once it is empty.
+  // Call copy(stage, barrier) for so many stages once each is empty.
   template <typename Copy>
-  __device__ __forceinline__ void fill(const Part& part,
+  __device__ __forceinline__ void fill(int count,
                                        Cursor<kStages>& at,
                                        uint32_t bytes,
                                        const Copy& copy) const {
 #pragma unroll 1
-    for (int tile = part.begin; tile < part.end; ++tile) {
+    for (int i = 0; i < count; ++i) {
       const uint32_t barrier = full + 8 * at.stage;
       barrier_wait(empty + 8 * at.stage, at.parity ^ 1);
       barrier_expect(barrier, bytes);
@@ -90,24 +100,37 @@ struct Block {
     }
   }
 
-  // Half of the rows for both blocks of the pair, or all of them for this one.
+  // The same for the stages of a part; those with another block's sums remain.
+  template <typename Copy>
+  __device__ __forceinline__ void fill(const Part& part,
+                                       Cursor<kStages>& at,
+                                       uint32_t bytes,
+                                       const Copy& copy) const {
+    fill(part.end - part.begin, at, bytes, copy);
+    fill(part.takes ? kTakes : 0, at, 0, [](int, uint32_t) {});
+  }
+
+  // Half of the rows for both blocks of the pair, then sums for this one.
   __device__ __forceinline__ void produce_x() const {
-    constexpr int kHalf = ROWS / 2;
     Cursor<kStages> at;
     wait_for_previous_kernel();
     for_parts([&](const Part& part) {
       int column = part.begin * task.x_columns, row = part.begin * task.x_rows + part.m;
-      fill(part, at, kX, [&](int stage, uint32_t barrier) {
-        const uint32_t to = address + stage * kStage;
-        const int half = part.joined ? 0 : rank;
-        box_copy(to + half * (kX / 2), &task.x, column, row + half * kHalf, barrier,
-                 part.joined ? 1 << rank : 3);
-        if (part.joined) {
-          box_copy(to + kX / 2, &task.x, column, row + kHalf, barrier, 1 << rank);
-        }
+      fill(part.end - part.begin, at, kX, [&](int stage, uint32_t barrier) {
+        box_copy(address + stage * kStage + rank * (kX / 2), &task.x, column,
+                 row + rank * (ROWS / 2), barrier, 3);
         column += task.x_columns;
         row += task.x_rows;
       });
+      if (part.takes) {
+        const int giver = blockIdx.x - 2;
+        const uint8_t* from = task.sums + int64_t{giver} * (kTakes * kSums);
+        wait_for_flag(task.flags + giver, task.number);
+        fill(kTakes, at, kSums, [&](int stage, uint32_t barrier) {
+          bulk_copy(address + stage * kStage, from, kSums, barrier);
+          from += kSums;
+        });
+      }
     });
   }
 
@@ -161,10 +184,10 @@ struct Block {
     });
   }
 
-  // A stage is empty: tell both blocks, or this one twice.
-  __device__ __forceinline__ void release(int stage, bool joined) const {
+  // A stage is empty: tell both blocks.
+  __device__ __forceinline__ void release(int stage) const {
     if (threadIdx.x % 32 < 2) {
-      barrier_arrive_remote(empty + 8 * stage, joined ? rank : threadIdx.x % 32);
+      barrier_arrive_remote(empty + 8 * stage, threadIdx.x % 32);
     }
   }
 
@@ -224,7 +247,7 @@ struct Block {
             lane.decode_step(s + 1, a[s + 1]);
           } else {
             if (before >= 0) {
-              release(before, part.joined);
+              release(before);
             }
             lane = next;
             lane.decode_step(0, a[0]);
@@ -238,11 +261,15 @@ struct Block {
         }
       }
       mma_wait<0>();
-      release(before, part.joined);
-      if (part.joined) {
-        join(sums);
+      release(before);
+      if (part.takes) {
+        take(sums, at);
       }
-      store(sums, part);
+      if (part.gives) {
+        give(sums);
+      } else {
+        store(sums, part);
+      }
     });
     if (threadIdx.x % 128 == 0) {
       box_stores_read<0>();
@@ -253,33 +280,38 @@ struct Block {
     asm volatile("bar.sync %0, 128;" ::"r"(1 + static_cast<int>(threadIdx.x) / 128) : "memory");
   }
 
-  // Give the other block of the pair the sums of its half of the rows, and add its sums to what is
-  // kept.  They go through the ring, which is empty by then.
-  __device__ __forceinline__ void join(float (&sums)[ROWS / 2]) const {
-    constexpr int kQuads = ROWS / 16;  // of a half
-    if (threadIdx.x % 32 == 0) {
-      barrier_arrive_remote(vacant, 1 - rank);
-    }
-    barrier_wait(vacant, 0);
-    const uint32_t there = map_shared(address + threadIdx.x * 16, 1 - rank);
-    const uint32_t told = map_shared(received, 1 - rank);
+  // Leave sums for another block, and tell it.
+  __device__ __forceinline__ void give(const float (&sums)[ROWS / 2]) const {
+    auto* to = reinterpret_cast<float4*>(task.sums + int64_t{blockIdx.x} * (kTakes * kSums));
 #pragma unroll
-    for (int i = 0; i < 2 * kQuads; ++i) {
-      if (i / kQuads != rank) {
-        store_remote(there + i % kQuads * kConsumers * 16, sums + 4 * i, told);
-      }
+    for (int i = 0; i < ROWS / 8; ++i) {
+      const float* v = sums + 4 * i;
+      to[i * kConsumers + threadIdx.x] = make_float4(v[0], v[1], v[2], v[3]);
     }
-    barrier_wait(received, 0);
-    const auto* here = reinterpret_cast<const float4*>(ring) + threadIdx.x;
+    asm volatile("bar.sync 8, %0;" ::"n"(kConsumers) : "memory");
+    if (threadIdx.x == 0) {
+      set_flag(task.flags + blockIdx.x, task.number);
+    }
+  }
+
+  // Add another block's sums.
+  __device__ __forceinline__ void take(float (&sums)[ROWS / 2], Cursor<kStages>& at) const {
 #pragma unroll
-    for (int i = 0; i < 2 * kQuads; ++i) {
-      if (i / kQuads == rank) {
-        const float4 v = here[i % kQuads * kConsumers];
-        sums[4 * i] += v.x;
-        sums[4 * i + 1] += v.y;
-        sums[4 * i + 2] += v.z;
-        sums[4 * i + 3] += v.w;
+    for (int t = 0; t < kTakes; ++t) {
+      barrier_wait(full + 8 * at.stage, at.parity);
+      const auto* from = reinterpret_cast<const float4*>(ring + at.stage * kStage) + threadIdx.x;
+#pragma unroll
+      for (int i = 0; i < kQuads; ++i) {
+        const float4 v = from[i * kConsumers];
+        float* to = sums + 4 * (t * kQuads + i);
+        to[0] += v.x;
+        to[1] += v.y;
+        to[2] += v.z;
+        to[3] += v.w;
       }
+      __syncwarp();
+      release(at.stage);
+      at.advance();
     }
   }
 
@@ -305,9 +337,6 @@ struct Block {
     wait_for_group();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (part.joined && half != rank) {
-        continue;
-      }
 #pragma unroll
       for (int i = 0; i < ROWS / 32; ++i) {
         const float* v = sums + half * ROWS / 4 + i * 8;
@@ -335,23 +364,19 @@ __global__ void __cluster_dims__(2, 1, 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using B = Block<BITS, T, SPANS, PLAIN, ROWS, GROUPS>;
   extern __shared__ uint8_t shared[];
-  __shared__ alignas(8) uint64_t barriers[2 * B::kStages + 2];
+  __shared__ alignas(8) uint64_t barriers[2 * B::kStages];
   let_next_kernel_start();
   uint32_t address = (shared_address(shared) + 1023) / 1024 * 1024;
   uint32_t full = shared_address(barriers);
   uint8_t* const ring = shared + (address - shared_address(shared));
   asm volatile("" : "+r"(address), "+r"(full));  // the compiler would find them out again and again
-  const uint32_t empty = full + 8 * B::kStages, vacant = empty + 8 * B::kStages;
-  const B block{task, task.p, ring, address, full, empty, vacant, vacant + 8, cluster_rank()};
+  const B block{task, task.p, ring, address, full, full + 8 * B::kStages, cluster_rank()};
   if (threadIdx.x == 0) {
     for (int s = 0; s < B::kStages; ++s) {
       barrier_init(full + 8 * s, 2 + GROUPS);                // x, grids, and each tile
-      barrier_init(empty + 8 * s, 2 * B::kConsumers / 32);  // the warps of two blocks
+      barrier_init(block.empty + 8 * s, 2 * B::kConsumers / 32);  // the warps of two blocks
     }
-    barrier_init(vacant, B::kConsumers / 32);
-    barrier_init(block.received, 1);
     barriers_ready();
-    barrier_expect(block.received, B::kJoined);
   }
   cluster_sync();
   if (threadIdx.x >= B::kConsumers) {

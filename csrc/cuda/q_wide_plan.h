@@ -1,9 +1,11 @@
 // How a product of many rows is parted between blocks, and which way to do so is the fastest.
 //
-// A result is some outputs for some rows of x, and computing it takes stages of 64 inputs.  A pair
-// of blocks computes results by turns, each block half of the outputs.  If what is left for the
-// last turn would leave half of the pairs idle, it is dealt out: a pair computes half a result, each
-// block half of the stages, and then they add their sums up.
+// A result is some outputs for some rows of x, and computing it takes stages of 64 inputs.  Pairs of
+// blocks compute results, each block half of the outputs: first whole ones by turns.  The stages of
+// those left are laid end to end and dealt out to the pairs in equal ranges, each of which ends in
+// the head of a result and begins with the tail of another.  The lower of two pairs that share a
+// result does the head first and gives its sums to the higher one, which does the tail last and adds
+// them.  So no pair waits for one that waits itself before it has given.
 #pragma once
 
 #include <algorithm>
@@ -22,39 +24,55 @@ constexpr int kInputs = 64;  // of a stage
 struct Work {
   int rows, columns;  // of x, of a result; outputs of a block
   int m_blocks, n_blocks, stages;
-  int whole;  // results that one pair computes
-  int dealt;  // the results after them, each of which two pairs compute
   int pairs;
+  int turns;  // whole results of every pair
+  int group;  // so many of the results after them (or what is left) are dealt out ...
+  int more;   // ... to so many more pairs, or fewer
+  int lead;   // stages that the first pair of a group gets less, since the next waits for it
 };
 
 // What a block computes in one go.
 struct Part {
   int m, n;        // the first row of x and the first output
   int begin, end;  // stages
-  bool joined;     // with those of the other block of the pair
+  bool gives;      // its sums to the block two further on,
+  bool takes;      // adds those that the block two before gave
 };
 
 // The part of a block in a turn; false: none, nor in any later turn.
 AUTO_GPTQ_ANYWHERE bool part_of(const Work& work, int block, int turn, Part& part) {
-  const int pair = block / 2, rank = block % 2, before = turn * work.pairs;
-  int result = before + pair;
-  const bool joined = result >= work.whole;
-  if (joined) {
-    const int place = result - work.whole;
-    if (place >= work.pairs || place >= 2 * work.dealt) {
+  const int pair = block / 2, rank = block % 2;
+  int result = turn * work.pairs + pair, begin = 0, end = work.stages;
+  if (turn >= work.turns) {
+    const int first = work.turns * work.pairs, size = work.group + work.more;
+    const int before = pair / size * work.group, place = pair % size;
+    const int left = work.m_blocks * work.n_blocks - first - before;
+    if (left <= 0) {
       return false;
     }
-    result = work.whole + place / 2;
-    const int begin = work.stages * rank / 2, end = work.stages * (rank + 1) / 2;
-    part = {0, place % 2 * work.columns, begin, end, true};
-  } else {
-    part = {0, rank * work.columns, 0, work.stages, false};
+    const int results = left < work.group ? left : work.group, pairs = results + work.more;
+    const int stages = results * work.stages + work.lead;
+    begin = place == 0 ? 0 : stages * place / pairs - work.lead;
+    end = stages * (place + 1) / pairs - work.lead;
+    result = (end - 1) / work.stages - (turn - work.turns);  // from the last to the first
+    begin -= result * work.stages;
+    end -= result * work.stages;
+    begin = begin > 0 ? begin : 0;
+    end = end < work.stages ? end : work.stages;
+    if (begin >= end) {
+      return false;
+    }
+    result += first + before;
   }
   // Pairs that run together share rows of x and tiles: four in a row have the same outputs.
   const int band = result / (4 * work.n_blocks), inside = result % (4 * work.n_blocks);
   const int left = work.m_blocks - band * 4, height = left < 4 ? left : 4;
-  part.m += (band * 4 + inside % height) * work.rows;
-  part.n += inside / height * 2 * work.columns;
+  part = {(band * 4 + inside % height) * work.rows,
+          (inside / height * 2 + rank) * work.columns,
+          begin,
+          end,
+          end < work.stages,
+          begin > 0};
   return true;
 }
 
@@ -62,29 +80,63 @@ AUTO_GPTQ_ANYWHERE bool part_of(const Work& work, int block, int turn, Part& par
 constexpr struct {
   int rows, columns, stage;
 } kCosts[] = {{128, 128, 436}, {192, 128, 560}, {256, 128, 700}, {128, 192, 624}};
-constexpr int kTurn = 1000;  // to store results
-constexpr int kJoin = 22;    // to add up two blocks' sums, for each row of a result
+constexpr int kTurn = 1000;       // to store results
+constexpr int kJoin = 10;         // to give and take sums, for each row of a result
+constexpr int kLead = 4;          // stages that this is worth
+constexpr int kLeastStages = 16;  // of a result that is dealt out
+
+// The fastest way for results of one shape and what it takes, in nanoseconds.
+inline int64_t deal(Work& work, int most_pairs, int stage) {
+  const int results = work.m_blocks * work.n_blocks, rest = results % most_pairs;
+  const int64_t whole = int64_t{work.stages} * stage + kTurn, join = int64_t{kJoin} * work.rows;
+  work.pairs = std::min(results, most_pairs);
+  work.turns = (results - 1) / work.pairs;
+  work.group = results - work.turns * work.pairs;
+  work.more = work.lead = 0;
+  int64_t least = (work.turns + 1) * whole;
+  if (rest == 0 || work.stages < kLeastStages) {
+    return least;
+  }
+  Work other = work;
+  int64_t time;
+  if (results > most_pairs) {
+    other.turns = results / most_pairs - 1;
+    other.group = most_pairs + rest;
+    other.more = -rest;
+    time = other.turns * whole + int64_t{other.group} * work.stages * stage / most_pairs +
+           2 * kTurn + join;
+  } else {
+    other.group = 1;
+    const auto groups = [&] { return (results + other.group - 1) / other.group; };
+    while (results + groups() > most_pairs) {
+      ++other.group;
+    }
+    other.more = 1;
+    other.lead = kLead;
+    other.pairs = results + groups();
+    time = int64_t{other.group * work.stages + kLead} * stage / (other.group + 1) + kTurn + join;
+  }
+  if (time < least) {
+    work = other;
+    least = time;
+  }
+  return least;
+}
 
 // With 8 bits results of more than 128 rows took half as long again as others of the same size.
 inline Work choose(int64_t m, int64_t n, int64_t k, int bits, int multiprocessors) {
-  const int pairs = std::max(multiprocessors / 2, 1);
   Work best = {};
   int64_t least = INT64_MAX;
   for (const auto& cost : kCosts) {
     if (bits == 8 && cost.rows > 128) continue;
-    const auto m_blocks = static_cast<int>((m + cost.rows - 1) / cost.rows);
-    const auto n_blocks = static_cast<int>((n + 2 * cost.columns - 1) / (2 * cost.columns));
-    const auto stages = static_cast<int>((k + kInputs - 1) / kInputs);
-    const int results = m_blocks * n_blocks, turns = results / pairs, rest = results % pairs;
-    const int dealt = 2 * rest <= pairs && stages > 1 ? rest : 0;
-    const int64_t whole = int64_t{stages} * cost.stage + kTurn;
-    const int64_t time = turns * whole + (dealt      ? whole / 2 + kJoin * cost.rows
-                                          : rest > 0 ? whole
-                                                     : 0);
+    Work work = {cost.rows, cost.columns};
+    work.m_blocks = static_cast<int>((m + cost.rows - 1) / cost.rows);
+    work.n_blocks = static_cast<int>((n + 2 * cost.columns - 1) / (2 * cost.columns));
+    work.stages = static_cast<int>((k + kInputs - 1) / kInputs);
+    const int64_t time = deal(work, std::max(multiprocessors / 2, 1), cost.stage);
     if (time < least) {
       least = time;
-      best = {cost.rows, cost.columns,    m_blocks, n_blocks,
-              stages,    results - dealt, dealt,    std::min(pairs, results + dealt)};
+      best = work;
     }
   }
   return best;

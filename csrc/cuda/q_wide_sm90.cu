@@ -2,6 +2,9 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
+#include <random>
+
 #include "arrange.h"
 #include "device.h"
 #include "q_matmul.h"
@@ -13,12 +16,20 @@ namespace {
 
 using namespace wide;
 
-// x as the kernel reads it: with act-order its inputs are sorted first, and then it may be arranged.
-struct Reading {
-  int64_t arranged, sorted;  // bytes at the beginning of the workspace
+Work work_of(const Product& p) {
+  return choose(p.m, p.weight.n, p.weight.k, p.weight.bits, current_device().processors);
+}
 
-  explicit Reading(const Product& p) {
+// What lies in the workspace, in this order: x as the kernel reads it (with act-order its inputs are
+// sorted first, and then it may be arranged), and what blocks give each other.
+struct Workspace {
+  int64_t arranged, sorted, flags, sums;  // bytes
+
+  Workspace(const Product& p, const Work& work) {
     const auto whole = [](int64_t bytes) { return (bytes + 255) / 256 * 256; };
+    const int64_t givers = work.more ? 2 * work.pairs : 0;
+    flags = whole(givers * sizeof(uint64_t));
+    sums = givers * work.rows * work.columns * sizeof(float);
     arranged = takes_own_order(p.weight.bits, kSide / p.weight.run)
                    ? 0
                    : whole(arranged_bytes(p));
@@ -26,17 +37,26 @@ struct Reading {
   }
 };
 
-const char* read_x(Task& task, const Reading& reading, int box_rows, cudaStream_t stream) {
+// Different for each launch, and like no number that anything else writes: splitmix64.
+uint64_t next_number() {
+  static std::atomic<uint64_t> count{std::random_device{}() * 0x100000001ull};
+  uint64_t z = count.fetch_add(0x9e3779b97f4a7c15ull, std::memory_order_relaxed);
+  z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
+  z = (z ^ z >> 27) * 0x94d049bb133111ebull;
+  return z ^ z >> 31;
+}
+
+const char* read_x(Task& task, const Workspace& space, int box_rows, cudaStream_t stream) {
   Product& p = task.p;
-  if (reading.sorted) {
-    void* sorted = static_cast<uint8_t*>(p.workspace) + reading.arranged;
+  if (space.sorted) {
+    void* sorted = static_cast<uint8_t*>(p.workspace) + space.arranged;
     if (const char* failure = sort_rows(p, sorted, stream)) {
       return failure;
     }
     p.x = sorted;
     p.weight.perm = nullptr;
   }
-  if (reading.arranged == 0) {
+  if (space.arranged == 0) {
     task.x_columns = kSide;
     task.x_rows = 0;
     return describe_matrix(task.x, p.x, p.type, p.m, p.weight.k, box_rows,
@@ -53,7 +73,12 @@ const char* read_x(Task& task, const Reading& reading, int box_rows, cudaStream_
 template <int BITS, typename T, int SPANS, bool PLAIN, int ROWS, int GROUPS>
 const char* start(Task& task, cudaStream_t stream) {
   using B = wide::Block<BITS, T, SPANS, PLAIN, ROWS, GROUPS>;
-  const char* failure = read_x(task, Reading(task.p), ROWS / 2, stream);
+  const Workspace space(task.p, task.work);
+  auto* const free = static_cast<uint8_t*>(task.p.workspace) + space.arranged + space.sorted;
+  task.flags = reinterpret_cast<uint64_t*>(free);
+  task.sums = free + space.flags;
+  task.number = next_number();
+  const char* failure = read_x(task, space, ROWS / 2, stream);
   if (!failure) {
     failure = describe_matrix(task.y, task.p.y, task.p.type, task.p.m, task.p.weight.n, ROWS / 2,
                               CU_TENSOR_MAP_SWIZZLE_128B);
@@ -106,14 +131,12 @@ const char* start_type(Task& task, cudaStream_t stream) {
 using namespace auto_gptq;
 
 int64_t auto_gptq_cuda_q_wide_bytes(const Product* product) {
-  const Reading reading(*product);
-  return reading.arranged + reading.sorted;
+  const Workspace space(*product, work_of(*product));
+  return space.arranged + space.sorted + space.flags + space.sums;
 }
 
 const char* auto_gptq_cuda_q_wide(const Product* product, void* stream) {
-  const Tiled& weight = product->weight;
-  Task task{*product,
-            choose(product->m, weight.n, weight.k, weight.bits, current_device().processors)};
+  Task task{*product, work_of(*product)};
   const auto on = static_cast<cudaStream_t>(stream);
   switch (product->weight.bits) {
     case 2:
