@@ -120,6 +120,11 @@ __device__ __forceinline__ void box_copy(uint32_t to,
       : "memory");
 }
 
+// Get a description ready: the first copy waits for it otherwise.
+__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 __device__ __forceinline__ void box_store(const CUtensorMap* map,
                                           int column,
                                           int row,

@@ -132,6 +132,10 @@ struct Block {
         });
       }
     });
+    for (int i = 0; i < kStages; ++i) {  // until the other block writes here no more
+      barrier_wait(empty + 8 * at.stage, at.parity ^ 1);
+      at.advance();
+    }
   }
 
   // One of the tiles of a stage.
@@ -217,20 +221,28 @@ struct Block {
     uint32_t a[4][4];  // the operands of each step of a stage
     Lane lane, next;
     Cursor<kStages> at;
-    for_parts([&](const Part& part) {
-      const int count = part.end - part.begin;
-      int before = -1, stage = at.stage;
-      barrier_wait(full + 8 * at.stage, at.parity);
+    Part part, following;
+    if (!part_of(task.work, blockIdx.x, 0, part)) {
+      return;
+    }
+    int stage = 0;
+    barrier_wait(full, 0);
 #pragma unroll
-      for (int s = 0; s < 4; ++s) {
-        prepare(s, stage, lane);
-      }
-      lane.decode_step(0, a[0]);
-      at.advance();
-      bool ready = barrier_is_over(full + 8 * at.stage, at.parity);
+    for (int s = 0; s < 4; ++s) {
+      prepare(s, stage, lane);
+    }
+    lane.decode_step(0, a[0]);
+    at.advance();
+    bool ready = barrier_is_over(full + 8 * at.stage, at.parity), goes_on;
+    int turn = 0;
+#pragma unroll 1
+    do {
+      goes_on = part_of(task.work, blockIdx.x, ++turn, following);
+      const int count = part.end - part.begin;
+      int before = -1;
 #pragma unroll 1
       for (int i = 0; i < count; ++i) {
-        const bool is_last = i + 1 == count;
+        const bool is_last = !goes_on && i + 1 == count;
         const uint64_t rows = rows_descriptor(address + stage * kStage);
 #pragma unroll
         for (int s = 0; s < 4; ++s) {
@@ -270,7 +282,8 @@ struct Block {
       } else {
         store(sums, part);
       }
-    });
+      part = following;
+    } while (goes_on);
     if (threadIdx.x % 128 == 0) {
       box_stores_read<0>();
     }
@@ -280,7 +293,7 @@ struct Block {
     asm volatile("bar.sync %0, 128;" ::"r"(1 + static_cast<int>(threadIdx.x) / 128) : "memory");
   }
 
-  // Leave sums for another block, and tell it.
+  // Leave sums for another block.
   __device__ __forceinline__ void give(const float (&sums)[ROWS / 2]) const {
     auto* to = reinterpret_cast<float4*>(task.sums + int64_t{blockIdx.x} * (kTakes * kSums));
 #pragma unroll
@@ -288,10 +301,19 @@ struct Block {
       const float* v = sums + 4 * i;
       to[i * kConsumers + threadIdx.x] = make_float4(v[0], v[1], v[2], v[3]);
     }
-    asm volatile("bar.sync 8, %0;" ::"n"(kConsumers) : "memory");
-    if (threadIdx.x == 0) {
-      set_flag(task.flags + blockIdx.x, task.number);
-    }
+    asm volatile("bar.arrive 8, %0;" ::"n"(kConsumers + 32) : "memory");
+  }
+
+  // Tell another block that its sums are there: a warp of its own waits until everybody sees them.
+  __device__ __forceinline__ void tell() const {
+    for_parts([&](const Part& part) {
+      if (part.gives) {
+        asm volatile("bar.sync 8, %0;" ::"n"(kConsumers + 32) : "memory");
+        if (threadIdx.x % 32 == 0) {
+          set_flag(task.flags + blockIdx.x, task.number);
+        }
+      }
+    });
   }
 
   // Add another block's sums.
@@ -366,6 +388,9 @@ __global__ void __cluster_dims__(2, 1, 1)
   extern __shared__ uint8_t shared[];
   __shared__ alignas(8) uint64_t barriers[2 * B::kStages];
   let_next_kernel_start();
+  if (threadIdx.x == 0) {
+    prefetch_map(&task.x);
+  }
   uint32_t address = (shared_address(shared) + 1023) / 1024 * 1024;
   uint32_t full = shared_address(barriers);
   uint8_t* const ring = shared + (address - shared_address(shared));
@@ -388,13 +413,13 @@ __global__ void __cluster_dims__(2, 1, 1)
       block.produce_grids();
     } else if (warp == 2 && lane < GROUPS) {
       block.produce_tiles(lane);
+    } else if (warp == 3) {
+      block.tell();
     }
-    __syncwarp();
   } else {
     take_registers<GROUPS == 2 ? 232 : GROUPS == 3 ? 152 : 112>();
     block.consume();
   }
-  cluster_sync();  // the other block may still write here
 #endif
 }
 

@@ -21,15 +21,50 @@ namespace auto_gptq::wide {
 
 constexpr int kInputs = 64;  // of a stage
 
+// A divisor known beforehand: a GPU takes a hundred cycles for others.
+struct Divisor {
+  int by;
+  uint32_t reciprocal;
+};
+
+inline Divisor divisor(int by) {
+  return {by, UINT32_MAX / static_cast<uint32_t>(by)};
+}
+
+// The quotient, of a number that is not negative.
+AUTO_GPTQ_ANYWHERE int divide(int number, Divisor divisor, int& rest) {
+  // At most one too small.
+  int quotient = static_cast<int>(uint64_t{static_cast<uint32_t>(number)} * divisor.reciprocal >> 32);
+  rest = number - quotient * divisor.by;
+  if (rest >= divisor.by) {
+    rest -= divisor.by;
+    ++quotient;
+  }
+  return quotient;
+}
+
 struct Work {
   int rows, columns;  // of x, of a result; outputs of a block
   int m_blocks, n_blocks, stages;
   int pairs;
-  int turns;  // whole results of every pair
-  int group;  // so many of the results after them (or what is left) are dealt out ...
-  int more;   // ... to so many more pairs, or fewer
-  int lead;   // stages that the first pair of a group gets less, since the next waits for it
+  int turns;   // whole results of every pair
+  int group;   // so many of the results after them (or what is left) are dealt out ...
+  int more;    // ... to so many more pairs, or fewer
+  int lead;    // stages that the first pair of a group gets less, since the next waits for it
+  int length;  // stages that a pair gets of them at the most
+  Divisor by_stages, by_size, by_band;  // of a result, pairs of a group, results of a band
 };
+
+constexpr int kBand = 4;  // so many results in a row have the same outputs
+
+// What follows from the rest.
+inline void finish(Work& work) {
+  const int size = work.group + work.more;
+  work.length = (work.group * work.stages + work.lead + size - 1) / size;
+  work.by_stages = divisor(work.stages);
+  work.by_size = divisor(size);
+  work.by_band = divisor(kBand * work.n_blocks);
+}
 
 // What a block computes in one go.
 struct Part {
@@ -44,17 +79,17 @@ AUTO_GPTQ_ANYWHERE bool part_of(const Work& work, int block, int turn, Part& par
   const int pair = block / 2, rank = block % 2;
   int result = turn * work.pairs + pair, begin = 0, end = work.stages;
   if (turn >= work.turns) {
-    const int first = work.turns * work.pairs, size = work.group + work.more;
-    const int before = pair / size * work.group, place = pair % size;
-    const int left = work.m_blocks * work.n_blocks - first - before;
-    if (left <= 0) {
+    int place, unused;
+    const int first = work.turns * work.pairs + divide(pair, work.by_size, place) * work.group;
+    const int left = work.m_blocks * work.n_blocks - first;
+    const int all = (left < work.group ? left : work.group) * work.stages;
+    begin = place == 0 ? 0 : place * work.length - work.lead;
+    end = (place + 1) * work.length - work.lead;
+    end = end < all ? end : all;
+    if (begin >= end) {
       return false;
     }
-    const int results = left < work.group ? left : work.group, pairs = results + work.more;
-    const int stages = results * work.stages + work.lead;
-    begin = place == 0 ? 0 : stages * place / pairs - work.lead;
-    end = stages * (place + 1) / pairs - work.lead;
-    result = (end - 1) / work.stages - (turn - work.turns);  // from the last to the first
+    result = divide(end - 1, work.by_stages, unused) - (turn - work.turns);  // the last comes first
     begin -= result * work.stages;
     end -= result * work.stages;
     begin = begin > 0 ? begin : 0;
@@ -62,17 +97,20 @@ AUTO_GPTQ_ANYWHERE bool part_of(const Work& work, int block, int turn, Part& par
     if (begin >= end) {
       return false;
     }
-    result += first + before;
+    result += first;
   }
-  // Pairs that run together share rows of x and tiles: four in a row have the same outputs.
-  const int band = result / (4 * work.n_blocks), inside = result % (4 * work.n_blocks);
-  const int left = work.m_blocks - band * 4, height = left < 4 ? left : 4;
-  part = {(band * 4 + inside % height) * work.rows,
-          (inside / height * 2 + rank) * work.columns,
-          begin,
-          end,
-          end < work.stages,
-          begin > 0};
+  // Pairs that run together share rows of x and tiles.
+  int inside, row;
+  const int above = divide(result, work.by_band, inside) * kBand;
+  const int height = work.m_blocks - above < kBand ? work.m_blocks - above : kBand;
+  const int column = divide(inside, {height, height == 3 ? UINT32_MAX / 3 : UINT32_MAX / kBand *
+                                                 (kBand / height)}, row);
+  part.m = (above + row) * work.rows;
+  part.n = (2 * column + rank) * work.columns;
+  part.begin = begin;
+  part.end = end;
+  part.gives = end < work.stages;
+  part.takes = begin > 0;
   return true;
 }
 
@@ -88,23 +126,21 @@ constexpr int kLeastStages = 16;  // of a result that is dealt out
 // The fastest way for results of one shape and what it takes, in nanoseconds.
 inline int64_t deal(Work& work, int most_pairs, int stage) {
   const int results = work.m_blocks * work.n_blocks, rest = results % most_pairs;
-  const int64_t whole = int64_t{work.stages} * stage + kTurn, join = int64_t{kJoin} * work.rows;
+  const int64_t whole = int64_t{work.stages} * stage + kTurn;
   work.pairs = std::min(results, most_pairs);
   work.turns = (results - 1) / work.pairs;
   work.group = results - work.turns * work.pairs;
   work.more = work.lead = 0;
+  finish(work);
   int64_t least = (work.turns + 1) * whole;
   if (rest == 0 || work.stages < kLeastStages) {
     return least;
   }
   Work other = work;
-  int64_t time;
   if (results > most_pairs) {
     other.turns = results / most_pairs - 1;
     other.group = most_pairs + rest;
     other.more = -rest;
-    time = other.turns * whole + int64_t{other.group} * work.stages * stage / most_pairs +
-           2 * kTurn + join;
   } else {
     other.group = 1;
     const auto groups = [&] { return (results + other.group - 1) / other.group; };
@@ -114,8 +150,10 @@ inline int64_t deal(Work& work, int most_pairs, int stage) {
     other.more = 1;
     other.lead = kLead;
     other.pairs = results + groups();
-    time = int64_t{other.group * work.stages + kLead} * stage / (other.group + 1) + kTurn + join;
   }
+  finish(other);
+  const int64_t time = other.turns * whole + int64_t{other.length} * stage + kJoin * other.rows +
+                       (results > most_pairs ? 2 : 1) * kTurn;
   if (time < least) {
     work = other;
     least = time;

@@ -30,7 +30,8 @@ class Work(ctypes.Structure):
         (name, ctypes.c_int)
         for name in (
             *("rows", "columns", "m_blocks", "n_blocks", "stages"),
-            *("pairs", "turns", "group", "more", "lead"),
+            *("pairs", "turns", "group", "more", "lead", "length"),
+            *(f"{name}_{by}" for by in ("stages", "size", "band") for name in ("by", "reciprocal")),
         )
     ]
 
@@ -83,7 +84,6 @@ def check(library: ctypes.CDLL, m: int, n: int, k: int, processors: int) -> Work
     taken: dict[tuple[int, int], int] = {}
     for pair in range(work.pairs):
         mine, other = (parts(library, work, 2 * pair + rank) for rank in (0, 1))
-        assert mine
         for a, b in zip(mine, other, strict=True):  # the same rows of x and inputs for both blocks
             assert (a.m, a.n + work.columns, a.begin, a.end) == (b.m, b.n, b.begin, b.end)
             assert (a.gives, a.takes) == (b.gives, b.takes) == (a.end < all_stages, a.begin > 0)
