@@ -2,10 +2,10 @@
 //
 // A block computes 128 or 192 outputs for ROWS rows of x, a pair of blocks neighbouring outputs for
 // the same rows: each fetches half of the rows for both.  Of some results two pairs compute some
-// inputs each (q_wide_plan.h); sums go from one to the other through memory.  The product is transposed, so that the
-// weight is the operand that comes from registers.  Warps of producers keep a ring of stages full,
-// a stage being 64 inputs of x, tiles and grids.  Warpgroups of consumers have 64 outputs each; they
-// turn codes into numbers while the products of those before run.
+// inputs each (q_wide_plan.h); sums go from one to the other through memory.  The product is
+// transposed, so that the weight is the operand that comes from registers.  Warps of producers keep
+// a ring of stages full, a stage being 64 inputs of x, tiles and grids.  Warpgroups of consumers
+// have 64 outputs each; they turn codes into numbers while the products of those before run.
 #pragma once
 
 #include <cuda.h>

@@ -50,21 +50,13 @@ struct Work {
   int turns;   // whole results of every pair
   int group;   // so many of the results after them (or what is left) are dealt out ...
   int more;    // ... to so many more pairs, or fewer
-  int lead;    // stages that the first pair of a group gets less, since the next waits for it
-  int length;  // stages that a pair gets of them at the most
-  Divisor by_stages, by_size, by_band;  // of a result, pairs of a group, results of a band
+  int length;  // stages that a pair gets of them; the last one of a group gets what is left
+  int lead;    // but the first one so many less, since the next waits for it
+  Divisor by_stages, by_size;  // of a result; pairs of a group
+  Divisor by_band, by_last;    // results of a band, blocks of rows of the last one
 };
 
 constexpr int kBand = 4;  // so many results in a row have the same outputs
-
-// What follows from the rest.
-inline void finish(Work& work) {
-  const int size = work.group + work.more;
-  work.length = (work.group * work.stages + work.lead + size - 1) / size;
-  work.by_stages = divisor(work.stages);
-  work.by_size = divisor(size);
-  work.by_band = divisor(kBand * work.n_blocks);
-}
 
 // What a block computes in one go.
 struct Part {
@@ -85,7 +77,7 @@ AUTO_GPTQ_ANYWHERE bool part_of(const Work& work, int block, int turn, Part& par
     const int all = (left < work.group ? left : work.group) * work.stages;
     begin = place == 0 ? 0 : place * work.length - work.lead;
     end = (place + 1) * work.length - work.lead;
-    end = end < all ? end : all;
+    end = end < all && place + 1 < work.by_size.by ? end : all;
     if (begin >= end) {
       return false;
     }
@@ -102,9 +94,9 @@ AUTO_GPTQ_ANYWHERE bool part_of(const Work& work, int block, int turn, Part& par
   // Pairs that run together share rows of x and tiles.
   int inside, row;
   const int above = divide(result, work.by_band, inside) * kBand;
-  const int height = work.m_blocks - above < kBand ? work.m_blocks - above : kBand;
-  const int column = divide(inside, {height, height == 3 ? UINT32_MAX / 3 : UINT32_MAX / kBand *
-                                                 (kBand / height)}, row);
+  const Divisor height =
+      work.m_blocks - above < kBand ? work.by_last : Divisor{kBand, UINT32_MAX / kBand};
+  const int column = divide(inside, height, row);
   part.m = (above + row) * work.rows;
   part.n = (2 * column + rank) * work.columns;
   part.begin = begin;
@@ -120,45 +112,58 @@ constexpr struct {
 } kCosts[] = {{128, 128, 436}, {192, 128, 560}, {256, 128, 700}, {128, 192, 624}};
 constexpr int kTurn = 1000;       // to store results
 constexpr int kJoin = 10;         // to give and take sums, for each row of a result
-constexpr int kLead = 4;          // stages that this is worth
+constexpr int kLead = 4;          // stages that it takes until sums are there
+constexpr int kTrail = 6;         // stages that it takes to give sums
 constexpr int kLeastStages = 16;  // of a result that is dealt out
 
-// The fastest way for results of one shape and what it takes, in nanoseconds.
-inline int64_t deal(Work& work, int most_pairs, int stage) {
-  const int results = work.m_blocks * work.n_blocks, rest = results % most_pairs;
-  const int64_t whole = int64_t{work.stages} * stage + kTurn;
+// Take another way if it is faster.
+inline void prefer(const Work& other, int64_t time, Work& best, int64_t& least) {
+  if (time < least) {
+    least = time;
+    best = other;
+    best.by_stages = divisor(best.stages);
+    best.by_size = divisor(best.group + best.more);
+    best.by_band = divisor(kBand * best.n_blocks);
+    best.by_last = divisor((best.m_blocks - 1) % kBand + 1);
+  }
+}
+
+// Try the ways for results of one shape: whole ones by turns, or the last of them dealt out.
+inline void deal(const Work& shape, int most_pairs, int stage, Work& best, int64_t& least) {
+  const int results = shape.m_blocks * shape.n_blocks, rest = results % most_pairs;
+  const int64_t whole = int64_t{shape.stages} * stage + kTurn;
+  Work work = shape;
   work.pairs = std::min(results, most_pairs);
   work.turns = (results - 1) / work.pairs;
   work.group = results - work.turns * work.pairs;
-  work.more = work.lead = 0;
-  finish(work);
-  int64_t least = (work.turns + 1) * whole;
-  if (rest == 0 || work.stages < kLeastStages) {
-    return least;
+  work.length = shape.stages;
+  prefer(work, (work.turns + 1) * whole, best, least);
+  if (rest == 0 || shape.stages < kLeastStages) {
+    return;
   }
-  Work other = work;
+  work = shape;
   if (results > most_pairs) {
-    other.turns = results / most_pairs - 1;
-    other.group = most_pairs + rest;
-    other.more = -rest;
+    work.pairs = most_pairs;
+    work.turns = results / most_pairs - 1;
+    work.group = most_pairs + rest;
+    work.more = -rest;
+    work.length = (work.group * shape.stages + most_pairs - 1) / most_pairs;
+    prefer(work, work.turns * whole + int64_t{work.length} * stage + kJoin * shape.rows + 2 * kTurn,
+           best, least);
   } else {
-    other.group = 1;
-    const auto groups = [&] { return (results + other.group - 1) / other.group; };
-    while (results + groups() > most_pairs) {
-      ++other.group;
+    const auto groups = [&] { return (results + work.group - 1) / work.group; };
+    for (work.group = 1; work.group < results && results + groups() > most_pairs;) {
+      ++work.group;
     }
-    other.more = 1;
-    other.lead = kLead;
-    other.pairs = results + groups();
+    work.more = 1;
+    work.pairs = results + groups();
+    work.lead = kLead;
+    work.length = (work.group * shape.stages + kLead - kTrail) / (work.group + 1) + 1;
+    // Else what is left for the last pair would be longer than a result.
+    if (shape.stages >= kLead + work.group * kTrail) {
+      prefer(work, int64_t{work.length} * stage + kJoin * shape.rows + kTurn, best, least);
+    }
   }
-  finish(other);
-  const int64_t time = other.turns * whole + int64_t{other.length} * stage + kJoin * other.rows +
-                       (results > most_pairs ? 2 : 1) * kTurn;
-  if (time < least) {
-    work = other;
-    least = time;
-  }
-  return least;
 }
 
 // With 8 bits results of more than 128 rows took half as long again as others of the same size.
@@ -167,15 +172,11 @@ inline Work choose(int64_t m, int64_t n, int64_t k, int bits, int multiprocessor
   int64_t least = INT64_MAX;
   for (const auto& cost : kCosts) {
     if (bits == 8 && cost.rows > 128) continue;
-    Work work = {cost.rows, cost.columns};
-    work.m_blocks = static_cast<int>((m + cost.rows - 1) / cost.rows);
-    work.n_blocks = static_cast<int>((n + 2 * cost.columns - 1) / (2 * cost.columns));
-    work.stages = static_cast<int>((k + kInputs - 1) / kInputs);
-    const int64_t time = deal(work, std::max(multiprocessors / 2, 1), cost.stage);
-    if (time < least) {
-      least = time;
-      best = work;
-    }
+    Work shape = {cost.rows, cost.columns};
+    shape.m_blocks = static_cast<int>((m + cost.rows - 1) / cost.rows);
+    shape.n_blocks = static_cast<int>((n + 2 * cost.columns - 1) / (2 * cost.columns));
+    shape.stages = static_cast<int>((k + kInputs - 1) / kInputs);
+    deal(shape, std::max(multiprocessors / 2, 1), cost.stage, best, least);
   }
   return best;
 }

@@ -72,7 +72,7 @@ def test_random_shapes_of_many_rows(seed: int) -> None:
     _, tiled = random_weight(*settings, device, **how)
     weight = exact_weight(tiled, settings)
     dtype = draw.choice([torch.float16, torch.bfloat16])
-    for m in (draw.randint(17, 32), draw.randint(33, 64), draw.randint(65, 255)):
+    for m in (draw.randint(*span) for span in ((17, 32), (33, 64), (65, 255), (256, 3000))):
         x = torch.randn(m, 2 * k, device=device).to(dtype)[:, ::2]  # not contiguous
         y = multiply(x, tiled, settings)
         assert_as_good_as_plain(y, x, weight)
