@@ -161,12 +161,10 @@ inline int64_t deal(Work& work, int most_pairs, int stage) {
   return least;
 }
 
-// With 8 bits results of more than 128 rows took half as long again as others of the same size.
-inline Work choose(int64_t m, int64_t n, int64_t k, int bits, int multiprocessors) {
+inline Work choose(int64_t m, int64_t n, int64_t k, int multiprocessors) {
   Work best = {};
   int64_t least = INT64_MAX;
   for (const auto& cost : kCosts) {
-    if (bits == 8 && cost.rows > 128) continue;
     Work work = {cost.rows, cost.columns};
     work.m_blocks = static_cast<int>((m + cost.rows - 1) / cost.rows);
     work.n_blocks = static_cast<int>((n + 2 * cost.columns - 1) / (2 * cost.columns));
