@@ -164,13 +164,7 @@ __device__ __forceinline__ void wait_for_flag(uint64_t* flag, uint64_t number) {
   asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
-__device__ __forceinline__ void store_remote(uint32_t to, const float* v) {
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(v[0]), "f"(v[1]),
-               "f"(v[2]), "f"(v[3])
-               : "memory");
-}
-
-// The same, and tell a barrier over there how many bytes have come.
+// 16 bytes to the shared memory of another block; tell a barrier over there that they have come.
 __device__ __forceinline__ void store_remote(uint32_t to, const float* v, uint32_t barrier) {
   asm volatile(
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "

@@ -28,8 +28,7 @@ static_assert(kInputs == kSide);
 struct Task {
   Product p;
   Work work;
-  CUtensorMap x, y;
-  int x_columns, x_rows;  // how far in the matrix of x the next 64 inputs are
+  CUtensorMap x, y, tiles;
   // Sums of each block that gives some, and whether they are there: then its flag has a number that
   // no other launch uses.  Until then it has any content, which is that number once in 2^64 times.
   // Whoever takes the sums leaves a zero, for the next replay of a graph.
@@ -53,7 +52,7 @@ struct Block {
   // The ring: x and tiles of each stage, results on their way out, grids.
   static constexpr int kX = ROWS * 128, kTile = 512 * BITS;
   static constexpr int kStage = (kX + GROUPS * kTile + 1023) / 1024 * 1024;
-  static constexpr int kBox = ROWS / 2 * kSide * 2;  // half of a warpgroup's results
+  static constexpr int kBox = ROWS / 4 * kSide * 2;  // a quarter of a warpgroup's results
   static constexpr int kBoxes = 2 * GROUPS * kBox;
   static constexpr int kStages = std::min((kSharedBytes - 1024 - kBoxes) / (kStage + G::kBytes), 8);
   static constexpr int kGridsBegin = kStages * kStage + kBoxes;  // need no alignment to 1024
@@ -70,6 +69,7 @@ struct Block {
   uint8_t* ring;
   uint32_t address, full, empty;  // of the ring and of its barriers, in shared memory
   int rank;                       // in the pair
+  uint32_t place, column;         // of a lane: its codes in a tile, its first output
 
   __device__ __forceinline__ int n_pad() const {
     return (static_cast<int>(p.weight.n) + kSide - 1) / kSide * kSide;
@@ -115,12 +115,11 @@ struct Block {
     Cursor<kStages> at;
     wait_for_previous_kernel();
     for_parts([&](const Part& part) {
-      int column = part.begin * task.x_columns, row = part.begin * task.x_rows + part.m;
+      int k = part.begin * kSide;
       fill(part.end - part.begin, at, kX, [&](int stage, uint32_t barrier) {
-        box_copy(address + stage * kStage + rank * (kX / 2), &task.x, column,
-                 row + rank * (ROWS / 2), barrier, 3);
-        column += task.x_columns;
-        row += task.x_rows;
+        box_copy(address + stage * kStage + rank * (kX / 2), &task.x, k, part.m + rank * (ROWS / 2),
+                 barrier, 3);
+        k += kSide;
       });
       if (part.takes) {
         const int giver = blockIdx.x - 2;
@@ -144,13 +143,13 @@ struct Block {
     for_parts([&](const Part& part) {
       const int n = part.n + which * kSide;
       const uint32_t bytes = n < p.weight.n ? kTile : 0;
-      const uint32_t* from =
-          p.weight.tiles + (int64_t{n / kSide} * task.work.stages + part.begin) * (kTile / 4);
+      int line = (n / kSide * task.work.stages + part.begin) * (kTile / 128);
       fill(part, at, bytes, [&](int stage, uint32_t barrier) {
         if (bytes) {
-          bulk_copy(address + stage * kStage + kX + which * kTile, from, kTile, barrier);
+          box_copy(address + stage * kStage + kX + which * kTile, &task.tiles, 0, line, barrier,
+                   1 << rank);
         }
-        from += kTile / 4;
+        line += kTile / 128;
       });
     });
   }
@@ -195,31 +194,21 @@ struct Block {
     }
   }
 
-  __device__ __forceinline__ void load(int stage, Lane& next) const {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;  // warps lie along the outputs
-    next.template load<G>(p.weight, ring + stage * kStage + kX + warp / 4 * kTile,
-                          ring + kGridsBegin + stage * G::kBytes, warp % 4, lane,
-                          warp * 16 + lane / 4);
-  }
-
-  // What is to be done between the products of step s - 1 and s, before the next stage begins.
-  __device__ __forceinline__ void prepare(int s, int stage, Lane& next) const {
-    if (s == 0) {
-      load(stage, next);
-    } else if (s == 1) {
-      next.begin_order();
-    } else if (s == 2) {
-      next.go_on_order();
-    } else {
-      next.end_order();
-      next.finish_grids(p.weight.scale_type);
+  // The operands of the steps of a stage.
+  __device__ __forceinline__ void decode(int stage, uint32_t (&a)[4][4]) const {
+    Lane lane;
+    lane.template load<G>(p.weight, address + stage * kStage + kX + threadIdx.x / 128 * kTile,
+                          place, address + kGridsBegin + stage * G::kBytes, column);
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      lane.decode_step(s, a[s]);
     }
   }
 
+  // While the products of a stage run, the operands of the next one are made.
   __device__ __forceinline__ void consume() const {
     float sums[ROWS / 2];
-    uint32_t a[4][4];  // the operands of each step of a stage
-    Lane lane, next;
+    uint32_t even[4][4], odd[4][4];  // the operands of the steps of every other stage
     Cursor<kStages> at;
     Part part, following;
     if (!part_of(task.work, blockIdx.x, 0, part)) {
@@ -227,52 +216,59 @@ struct Block {
     }
     int stage = 0;
     barrier_wait(full, 0);
-#pragma unroll
-    for (int s = 0; s < 4; ++s) {
-      prepare(s, stage, lane);
-    }
-    lane.decode_step(0, a[0]);
+    decode(0, even);
     at.advance();
-    bool ready = barrier_is_over(full + 8 * at.stage, at.parity), goes_on;
+    bool goes_on;
     int turn = 0;
 #pragma unroll 1
     do {
       goes_on = part_of(task.work, blockIdx.x, ++turn, following);
       const int count = part.end - part.begin;
       int before = -1;
-#pragma unroll 1
-      for (int i = 0; i < count; ++i) {
+      const auto multiply = [&](int i, uint32_t (&a)[4][4], uint32_t (&next)[4][4]) {
         const bool is_last = !goes_on && i + 1 == count;
         const uint64_t rows = rows_descriptor(address + stage * kStage);
 #pragma unroll
-        for (int s = 0; s < 4; ++s) {
+        for (int s = 0; s < 4; ++s) {  // they are what is multiplied
           asm volatile("" : "+r"(a[s][0]), "+r"(a[s][1]), "+r"(a[s][2]), "+r"(a[s][3])::"memory");
-          mma_fence();
-          hopper::mma<ROWS, !kIsHalf>(sums, a[s], rows + 2 * s, s > 0 || i > 0);
-          mma_commit();
-          mma_wait<2>();
-          if (s == 0 && !is_last && !ready) {
-            barrier_wait(full + 8 * at.stage, at.parity);
-          }
-          prepare(s, at.stage, next);  // if this is the last stage, numbers that nobody needs
-          if (s < 3) {
-            lane.decode_step(s + 1, a[s + 1]);
-          } else {
-            if (before >= 0) {
-              release(before);
-            }
-            lane = next;
-            lane.decode_step(0, a[0]);
-          }
         }
+        mma_fence();
+#pragma unroll
+        for (int s = 0; s < 4; ++s) {
+          hopper::mma<ROWS, !kIsHalf>(sums, a[s], rows + 2 * s, s > 0 || i > 0);
+        }
+        mma_commit();
+        mma_wait<1>();
+        if (before >= 0) {
+          release(before);
+        }
+        if (!is_last) {
+          barrier_wait(full + 8 * at.stage, at.parity);
+        }
+        decode(at.stage, next);  // if this is the last stage, numbers that nobody needs
         before = stage;
         if (!is_last) {
           stage = at.stage;
           at.advance();
-          ready = barrier_is_over(full + 8 * at.stage, at.parity);
+        }
+      };
+#pragma unroll 1
+      for (int i = 0; i < count; i += 2) {
+        multiply(i, even, odd);
+        if (i + 1 < count) {
+          multiply(i + 1, odd, even);
         }
       }
       mma_wait<0>();
+      if (count % 2) {
+#pragma unroll
+        for (int s = 0; s < 4; ++s) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            even[s][i] = odd[s][i];
+          }
+        }
+      }
       release(before);
       if (part.takes) {
         take(sums, at);
@@ -353,17 +349,17 @@ struct Block {
     // Where this lane's row of 8 outputs goes: of four matrices, lower and upper outputs of 8 rows.
     const int chunk = (warp % 4 * 2 + lane / 8 % 2) ^ (lane % 8);
     const uint32_t to = boxes + (lane / 16 * 8 + lane % 8) * 128 + chunk * 16;
-    if (threadIdx.x % 128 == 0) {
-      box_stores_read<0>();
-    }
-    wait_for_group();
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int piece = 0; piece < 4; ++piece) {
+      if (threadIdx.x % 128 == 0) {
+        box_stores_read<1>();
+      }
+      wait_for_group();
 #pragma unroll
-      for (int i = 0; i < ROWS / 32; ++i) {
-        const float* v = sums + half * ROWS / 4 + i * 8;
+      for (int i = 0; i < ROWS / 64; ++i) {
+        const float* v = sums + piece * ROWS / 8 + i * 8;
         asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                         to + half * kBox + i * 16 * 128),
+                         to + piece % 2 * kBox + i * 16 * 128),
                      "r"(pack<T>(v[0] + bias[0], v[1] + bias[0])),
                      "r"(pack<T>(v[2] + bias[1], v[3] + bias[1])),
                      "r"(pack<T>(v[4] + bias[0], v[5] + bias[0])),
@@ -373,7 +369,7 @@ struct Block {
       publish_shared();
       wait_for_group();
       if (threadIdx.x % 128 == 0) {
-        box_store(&task.y, output, part.m + half * ROWS / 2, boxes + half * kBox);
+        box_store(&task.y, output, part.m + piece * ROWS / 4, boxes + piece % 2 * kBox);
       }
     }
   }
@@ -390,15 +386,19 @@ __global__ void __cluster_dims__(2, 1, 1)
   let_next_kernel_start();
   if (threadIdx.x == 0) {
     prefetch_map(&task.x);
+    prefetch_map(&task.tiles);
   }
   uint32_t address = (shared_address(shared) + 1023) / 1024 * 1024;
   uint32_t full = shared_address(barriers);
   uint8_t* const ring = shared + (address - shared_address(shared));
-  asm volatile("" : "+r"(address), "+r"(full));  // the compiler would find them out again and again
-  const B block{task, task.p, ring, address, full, full + 8 * B::kStages, cluster_rank()};
+  uint32_t place = B::Lane::place(), column = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+  // The compiler would find them out again and again.
+  asm volatile("" : "+r"(address), "+r"(full), "+r"(place), "+r"(column));
+  const B block{task,           task.p, ring,  address, full, full + 8 * B::kStages,
+                cluster_rank(), place,  column};
   if (threadIdx.x == 0) {
     for (int s = 0; s < B::kStages; ++s) {
-      barrier_init(full + 8 * s, 2 + GROUPS);                // x, grids, and each tile
+      barrier_init(full + 8 * s, 2 + GROUPS);                     // x, grids, and each tile
       barrier_init(block.empty + 8 * s, 2 * B::kConsumers / 32);  // the warps of two blocks
     }
     barriers_ready();

@@ -1,11 +1,11 @@
 // How a product of many rows is parted between blocks, and which way to do so is the fastest.
 //
-// A result is some outputs for some rows of x, and computing it takes stages of 64 inputs.  Pairs of
-// blocks compute results, each block half of the outputs: first whole ones by turns.  The stages of
-// those left are laid end to end and dealt out to the pairs in equal ranges, each of which ends in
-// the head of a result and begins with the tail of another.  The lower of two pairs that share a
-// result does the head first and gives its sums to the higher one, which does the tail last and adds
-// them.  So no pair waits for one that waits itself before it has given.
+// A result is some outputs for some rows of x, and computing it takes stages of 64 inputs.  Pairs
+// of blocks compute results, each block half of the outputs: first whole ones by turns.  The stages
+// of those left are laid end to end and dealt out to the pairs in equal ranges, each of which ends
+// in the head of a result and begins with the tail of another.  The lower of two pairs that share a
+// result does the head first and gives its sums to the higher one, which does the tail last and
+// adds them.  So no pair waits for one that waits itself before it has given.
 #pragma once
 
 #include <algorithm>
@@ -27,14 +27,13 @@ struct Divisor {
   uint32_t reciprocal;
 };
 
-inline Divisor divisor(int by) {
-  return {by, UINT32_MAX / static_cast<uint32_t>(by)};
-}
+inline Divisor divisor(int by) { return {by, UINT32_MAX / static_cast<uint32_t>(by)}; }
 
 // The quotient, of a number that is not negative.
 AUTO_GPTQ_ANYWHERE int divide(int number, Divisor divisor, int& rest) {
   // At most one too small.
-  int quotient = static_cast<int>(uint64_t{static_cast<uint32_t>(number)} * divisor.reciprocal >> 32);
+  int quotient =
+      static_cast<int>(uint64_t{static_cast<uint32_t>(number)} * divisor.reciprocal >> 32);
   rest = number - quotient * divisor.by;
   if (rest >= divisor.by) {
     rest -= divisor.by;
@@ -109,7 +108,7 @@ AUTO_GPTQ_ANYWHERE bool part_of(const Work& work, int block, int turn, Part& par
 // What a stage costs, in nanoseconds, measured on an H100 at work everywhere.
 constexpr struct {
   int rows, columns, stage;
-} kCosts[] = {{128, 128, 436}, {192, 128, 560}, {256, 128, 700}, {128, 192, 624}};
+} kCosts[] = {{128, 128, 421}, {192, 128, 545}, {256, 128, 692}, {128, 192, 577}};
 constexpr int kTurn = 1000;       // to store results
 constexpr int kJoin = 10;         // to give and take sums, for each row of a result
 constexpr int kLead = 4;          // stages that it takes until sums are there
@@ -166,12 +165,10 @@ inline void deal(const Work& shape, int most_pairs, int stage, Work& best, int64
   }
 }
 
-// With 8 bits results of more than 128 rows took half as long again as others of the same size.
-inline Work choose(int64_t m, int64_t n, int64_t k, int bits, int multiprocessors) {
+inline Work choose(int64_t m, int64_t n, int64_t k, int multiprocessors) {
   Work best = {};
   int64_t least = INT64_MAX;
   for (const auto& cost : kCosts) {
-    if (bits == 8 && cost.rows > 128) continue;
     Work shape = {cost.rows, cost.columns};
     shape.m_blocks = static_cast<int>((m + cost.rows - 1) / cost.rows);
     shape.n_blocks = static_cast<int>((n + 2 * cost.columns - 1) / (2 * cost.columns));

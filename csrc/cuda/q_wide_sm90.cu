@@ -17,22 +17,19 @@ namespace {
 using namespace wide;
 
 Work work_of(const Product& p) {
-  return choose(p.m, p.weight.n, p.weight.k, p.weight.bits, current_device().processors);
+  return choose(p.m, p.weight.n, p.weight.k, current_device().processors);
 }
 
-// What lies in the workspace, in this order: x as the kernel reads it (with act-order its inputs are
-// sorted first, and then it may be arranged), and what blocks give each other.
+// What lies in the workspace, in this order: with act-order x with its inputs in the order of their
+// groups, and what blocks give each other.
 struct Workspace {
-  int64_t arranged, sorted, flags, sums;  // bytes
+  int64_t sorted, flags, sums;  // bytes
 
   Workspace(const Product& p, const Work& work) {
     const auto whole = [](int64_t bytes) { return (bytes + 255) / 256 * 256; };
     const int64_t givers = work.more ? 2 * work.pairs : 0;
     flags = whole(givers * sizeof(uint64_t));
     sums = givers * work.rows * work.columns * sizeof(float);
-    arranged = takes_own_order(p.weight.bits, kSide / p.weight.run)
-                   ? 0
-                   : whole(arranged_bytes(p));
     sorted = p.weight.perm ? whole(2 * p.m * p.weight.k) : 0;
   }
 };
@@ -46,42 +43,33 @@ uint64_t next_number() {
   return z ^ z >> 31;
 }
 
-const char* read_x(Task& task, const Workspace& space, int box_rows, cudaStream_t stream) {
-  Product& p = task.p;
-  if (space.sorted) {
-    void* sorted = static_cast<uint8_t*>(p.workspace) + space.arranged;
-    if (const char* failure = sort_rows(p, sorted, stream)) {
-      return failure;
-    }
-    p.x = sorted;
-    p.weight.perm = nullptr;
-  }
-  if (space.arranged == 0) {
-    task.x_columns = kSide;
-    task.x_rows = 0;
-    return describe_matrix(task.x, p.x, p.type, p.m, p.weight.k, box_rows,
-                           CU_TENSOR_MAP_SWIZZLE_128B);
-  }
-  task.x_columns = 0;
-  task.x_rows = static_cast<int>(arranged_rows(p.m));
-  const char* failure = arrange(p, stream);
-  return failure ? failure
-                 : describe_matrix(task.x, p.workspace, p.type, arranged_bytes(p) / 128, kSide,
-                                   box_rows, CU_TENSOR_MAP_SWIZZLE_NONE);
-}
-
 template <int BITS, typename T, int SPANS, bool PLAIN, int ROWS, int GROUPS>
 const char* start(Task& task, cudaStream_t stream) {
   using B = wide::Block<BITS, T, SPANS, PLAIN, ROWS, GROUPS>;
-  const Workspace space(task.p, task.work);
-  auto* const free = static_cast<uint8_t*>(task.p.workspace) + space.arranged + space.sorted;
-  task.flags = reinterpret_cast<uint64_t*>(free);
-  task.sums = free + space.flags;
+  Product& p = task.p;
+  const Workspace space(p, task.work);
+  auto* const workspace = static_cast<uint8_t*>(p.workspace);
+  task.flags = reinterpret_cast<uint64_t*>(workspace + space.sorted);
+  task.sums = workspace + space.sorted + space.flags;
   task.number = next_number();
-  const char* failure = read_x(task, space, ROWS / 2, stream);
+  if (p.weight.perm) {
+    if (const char* failure = sort_rows(p, workspace, stream)) {
+      return failure;
+    }
+    p.x = workspace;
+    p.weight.perm = nullptr;
+  }
+  const char* failure =
+      describe_matrix(task.x, p.x, p.type, p.m, p.weight.k, ROWS / 2, CU_TENSOR_MAP_SWIZZLE_128B);
   if (!failure) {
-    failure = describe_matrix(task.y, task.p.y, task.p.type, task.p.m, task.p.weight.n, ROWS / 2,
-                              CU_TENSOR_MAP_SWIZZLE_128B);
+    failure =
+        describe_matrix(task.y, p.y, p.type, p.m, p.weight.n, ROWS / 4, CU_TENSOR_MAP_SWIZZLE_128B);
+  }
+  if (!failure) {  // lines of 128 bytes
+    constexpr int kLines = B::kTile / 128;
+    const int64_t tiles = (p.weight.n + kSide - 1) / kSide * task.work.stages;
+    failure = describe_matrix(task.tiles, p.weight.tiles, p.type, tiles * kLines, kSide, kLines,
+                              B::Lane::kSwizzle);
   }
   return failure ? failure
                  : launch(q_wide<BITS, T, SPANS, PLAIN, ROWS, GROUPS>, task,
@@ -106,17 +94,17 @@ const char* start_shape(Task& task, cudaStream_t stream) {
 template <int BITS, typename T>
 const char* start_spans(Task& task, cudaStream_t stream) {
   const Tiled& weight = task.p.weight;
-  const int spans = kSide / weight.run;
-  if constexpr (BITS == 4) {
-    if (spans == 2) {
-      return start_shape<BITS, T, 2, false>(task, stream);
-    }
-    if (spans == 1 && !weight.zeros && weight.scale_type == task.p.type) {
-      return start_shape<BITS, T, 1, true>(task, stream);
-    }
+  const bool plain = !weight.zeros && weight.scale_type == task.p.type;
+  switch (kSide / weight.run) {
+    case 1:
+      return plain ? start_shape<BITS, T, 1, true>(task, stream)
+                   : start_shape<BITS, T, 1, false>(task, stream);
+    case 2:
+      return plain && BITS == 4 ? start_shape<BITS, T, 2, BITS == 4>(task, stream)
+                                : start_shape<BITS, T, 2, false>(task, stream);
+    default:
+      return start_shape<BITS, T, 4, false>(task, stream);
   }
-  return spans == 1 ? start_shape<BITS, T, 1, false>(task, stream)
-                    : start_shape<BITS, T, 4, false>(task, stream);
 }
 
 template <int BITS>
@@ -132,7 +120,7 @@ using namespace auto_gptq;
 
 int64_t auto_gptq_cuda_q_wide_bytes(const Product* product) {
   const Workspace space(*product, work_of(*product));
-  return space.arranged + space.sorted + space.flags + space.sums;
+  return space.sorted + space.flags + space.sums;
 }
 
 const char* auto_gptq_cuda_q_wide(const Product* product, void* stream) {

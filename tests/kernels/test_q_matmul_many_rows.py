@@ -56,7 +56,7 @@ def test_scales_of_any_type_go_with_many_rows(
         _, tiled = random_weight(*settings, device, symmetric=symmetric, dtype=scale_dtype)
         weight = exact_weight(tiled, settings)
         for dtype in (torch.float16, torch.bfloat16):
-            for m in (20, 64, 100):
+            for m in (20, 64, 100, 150):
                 x = torch.randn(m, 704, device=device).to(dtype)
                 assert_as_good_as_plain(multiply(x, tiled, settings), x, weight)
 

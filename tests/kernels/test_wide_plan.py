@@ -16,8 +16,8 @@ PROCESSORS = 132  # of an H100
 SOURCE = r"""
 #include "cuda/q_wide_plan.h"
 using namespace auto_gptq::wide;
-extern "C" void plan(int64_t m, int64_t n, int64_t k, int bits, int processors, Work* work) {
-  *work = choose(m, n, k, bits, processors);
+extern "C" void plan(int64_t m, int64_t n, int64_t k, int processors, Work* work) {
+  *work = choose(m, n, k, processors);
 }
 extern "C" bool part(const Work* work, int block, int turn, Part* part) {
   return part_of(*work, block, turn, *part);
@@ -59,11 +59,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return library
 
 
-def plan(
-    library: ctypes.CDLL, m: int, n: int, k: int, processors: int = PROCESSORS, bits: int = 4
-) -> Work:
+def plan(library: ctypes.CDLL, m: int, n: int, k: int, processors: int = PROCESSORS) -> Work:
     work = Work()
-    library.plan(*map(ctypes.c_int64, (m, n, k)), bits, processors, ctypes.byref(work))
+    library.plan(*map(ctypes.c_int64, (m, n, k)), processors, ctypes.byref(work))
     return work
 
 
