@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import AutoGPTQError
+from .errors import AutoGPTQError, CheckpointError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         options.run(options)
-    except AutoGPTQError as error:
+    except (AutoGPTQError, OSError) as error:  # no file, no network, no right to write
         print(f"auto-gptq: {error}", file=sys.stderr)
         return 1
     return 0
@@ -41,9 +41,13 @@ def _parser() -> argparse.ArgumentParser:
         "--data", help="text to calibrate on: a .txt, .json, .jsonl or .parquet file, or a data set"
     )
     quantize.add_argument("--column", default="text", help="column of the data (default: text)")
-    quantize.add_argument("--rows", type=int, default=128, help="calibration rows (default: 128)")
-    quantize.add_argument("--length", type=int, default=2048, help="tokens a row (default: 2048)")
-    quantize.add_argument("--batch-size", type=int, default=1)
+    quantize.add_argument(
+        "--rows", type=_count, default=128, help="calibration rows (default: 128)"
+    )
+    quantize.add_argument(
+        "--length", type=_count, default=2048, help="tokens a row (default: 2048)"
+    )
+    quantize.add_argument("--batch-size", type=_count, default=1)
     quantize.add_argument("--work-dir", type=Path, help="keep finished blocks there, to go on")
     quantize.add_argument("--dtype", default="auto", help="dtype to load the model in")
     quantize.add_argument("--max-shard-size", help='like "4GB"')
@@ -64,6 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(kernels)
     kernels.add_argument("--device", help="like cuda:0; the first GPU if there is one")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
 
 
 def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
@@ -96,14 +106,13 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _quantize(options: argparse.Namespace) -> None:
-    from transformers import AutoTokenizer
-
     from .calibration.datasets import as_examples, columns, python_documentation, token_rows
+    from .checkpoint.writer import Files, check_folder
     from .modeling import AutoGPTQForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        options.model, trust_remote_code=options.trust_remote_code
-    )
+    check_folder(options.output)  # now, and not after the work
+    Files(max_shard_size=options.max_shard_size)
+    tokenizer = _tokenizer(options)
     if options.data is None:
         text = python_documentation()
     else:
@@ -121,13 +130,9 @@ def _quantize(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from transformers import AutoTokenizer
-
     from .evaluation.perplexity import Perplexity
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        options.model, trust_remote_code=options.trust_remote_code
-    )
+    tokenizer = _tokenizer(options)
     measure = Perplexity(_load(options, device=options.device), tokenizer, options.data)
     result = measure.calculate_perplexity(options.window, options.window)
     print(f"perplexity {result[-1]:.4f} over {len(result)} windows of {options.window} tokens")
@@ -145,9 +150,12 @@ def _kernels(options: argparse.Namespace) -> None:
     import torch
 
     from .kernels.choose import Weight, explain
+    from .modeling.place import Place
 
     device = options.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
-    print(explain(Weight(torch.device(device), options.bits, options.group_size)))
+    Place.of(device, None, None)  # refuses what this machine has not
+    settings = _settings(options)
+    print(explain(Weight(torch.device(device), settings.bits, settings.group_size)))
 
 
 def _settings(options: argparse.Namespace, **others: Any) -> Any:
@@ -156,6 +164,20 @@ def _settings(options: argparse.Namespace, **others: Any) -> Any:
     return BaseQuantizeConfig(
         bits=options.bits, group_size=options.group_size, **{"desc_act": False} | others
     )
+
+
+def _tokenizer(options: argparse.Namespace) -> Any:
+    from transformers import AutoTokenizer
+
+    from .modeling import load
+
+    load.load_config(options.model, options.trust_remote_code)  # says best if there is no model
+    try:
+        return AutoTokenizer.from_pretrained(
+            options.model, trust_remote_code=options.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{options.model} has no usable tokenizer: {error}") from error
 
 
 def _load(options: argparse.Namespace, **arguments: Any) -> Any:
