@@ -117,14 +117,13 @@ def as_settings(
 def as_dtype(given: torch.dtype | str | None) -> torch.dtype | None:
     """Give the dtype that is meant; None for "auto".
 
-    :raises ConfigError: (a ValueError) for a name that is no dtype
+    :raises ConfigError: (a ValueError) for what is no dtype to compute in
     """
-    if given is None or isinstance(given, torch.dtype):
-        return given
-    if given == "auto":
+    if given is None or given == "auto":
         return None
-    found = getattr(torch, given.removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
+    found = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
+    # Those of one byte are for storing: torch does not compute with them.
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize == 1:
         raise ConfigError(f"torch_dtype is {given!r}; give a torch.dtype, such as torch.float16.")
     return found
 
