@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import AutoGPTQError, CheckpointError
+from .quantization.presets import PRESETS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,7 +37,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(quantize, "full-precision model: a folder or a name on the Hub")
     quantize.add_argument("output", type=Path, help="folder to save to")
     _add_settings(quantize)
-    quantize.add_argument("--desc-act", action="store_true", help="important columns first")
+    quantize.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        default="default",
+        help="how hard to try (default: default)",
+    )
     quantize.add_argument(
         "--data", help="text to calibrate on: a .txt, .json, .jsonl or .parquet file, or a data set"
     )
@@ -109,6 +115,7 @@ def _quantize(options: argparse.Namespace) -> None:
     from .calibration.datasets import as_examples, columns, python_documentation, token_rows
     from .checkpoint.writer import Files, check_folder
     from .modeling import AutoGPTQForCausalLM
+    from .quantization.config import BaseQuantizeConfig
 
     check_folder(options.output)  # now, and not after the work
     Files(max_shard_size=options.max_shard_size)
@@ -120,7 +127,7 @@ def _quantize(options: argparse.Namespace) -> None:
     rows = token_rows(text, tokenizer, options.length)[: options.rows]
     model = AutoGPTQForCausalLM.from_pretrained(
         options.model,
-        _settings(options, desc_act=options.desc_act, static_groups=options.desc_act),
+        BaseQuantizeConfig.preset(options.preset, options.bits, options.group_size),
         trust_remote_code=options.trust_remote_code,
         torch_dtype=options.dtype,
     )
@@ -158,12 +165,10 @@ def _kernels(options: argparse.Namespace) -> None:
     print(explain(Weight(torch.device(device), settings.bits, settings.group_size)))
 
 
-def _settings(options: argparse.Namespace, **others: Any) -> Any:
+def _settings(options: argparse.Namespace) -> Any:
     from .quantization.config import BaseQuantizeConfig
 
-    return BaseQuantizeConfig(
-        bits=options.bits, group_size=options.group_size, **{"desc_act": False} | others
-    )
+    return BaseQuantizeConfig(options.bits, options.group_size, desc_act=False)
 
 
 def _tokenizer(options: argparse.Namespace) -> Any:

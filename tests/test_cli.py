@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from auto_gptq import BaseQuantizeConfig
 from auto_gptq.cli import main
 from tests.tiny import tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -46,6 +47,7 @@ def test_a_model_is_quantized_measured_and_converted(
     settings = ["--group-size", "32", "--rows", "4", "--length", "32", "--data", str(text)]
     assert main(["quantize", str(dense), str(packed), *settings, "--dtype", "float32"]) == 0
     assert "14 linears quantized" in capsys.readouterr().out
+    assert BaseQuantizeConfig.from_pretrained(packed).correction == 0.75  # the default preset's
     arguments = ["evaluate", str(packed), "--data", str(text), "--window", "32", "--device", "cpu"]
     assert main(arguments) == 0
     assert "perplexity" in capsys.readouterr().out

@@ -15,6 +15,7 @@ from ..quantization.config import BaseQuantizeConfig
 
 logger = logging.getLogger(__name__)
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # that the kernels compute in
 _CHOSEN = "kernels are chosen when they run"
 _UNFUSED = "models run with their own attention and MLP"
 # Flag → the value at which it asks for nothing, and why it has no effect at others.
@@ -122,9 +123,10 @@ def as_dtype(given: torch.dtype | str | None) -> torch.dtype | None:
     if given is None or given == "auto":
         return None
     found = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
-    # Those of one byte are for storing: torch does not compute with them.
-    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize == 1:
-        raise ConfigError(f"torch_dtype is {given!r}; give a torch.dtype, such as torch.float16.")
+    if found not in _DTYPES:
+        raise ConfigError(
+            f"torch_dtype is {given!r}; give torch.float16, torch.bfloat16 or torch.float32."
+        )
     return found
 
 

@@ -160,13 +160,7 @@ class BaseQuantizeConfig:
                     raise ConfigError(f"dynamic[{pattern!r}]: {error}") from None
 
     def _check(self) -> None:
-        if not isinstance(self.bits, int) or self.bits not in (2, 3, 4, 8):
-            raise ConfigError(f"bits is {self.bits!r}; it must be 2, 3, 4 or 8.")
-        if not isinstance(self.group_size, int) or (self.group_size < 1 and self.group_size != -1):
-            raise ConfigError(
-                f"group_size is {self.group_size!r}; it must be -1 (one scale per row) "
-                "or a positive number of columns, usually 128."
-            )
+        check_bits_and_groups(self.bits, self.group_size)
         for name, (allows, demand) in _NUMBERS.items():
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not allows(value):
@@ -294,6 +288,20 @@ class BaseQuantizeConfig:
             f"{save_dir} holds no quantization configuration: none of quantize_config.json, "
             "quant_config.json or a config.json with `quantization_config`. If it is a quantized "
             "model, pass quantize_config=BaseQuantizeConfig(...) with its settings."
+        )
+
+
+def check_bits_and_groups(bits: int, group_size: int) -> None:
+    """Refuse what no weight can be packed with.
+
+    :raises ConfigError: (a ValueError) naming the one of both that it is about
+    """
+    if not isinstance(bits, int) or bits not in (2, 3, 4, 8):
+        raise ConfigError(f"bits is {bits!r}; it must be 2, 3, 4 or 8.")
+    if not isinstance(group_size, int) or (group_size < 1 and group_size != -1):
+        raise ConfigError(
+            f"group_size is {group_size!r}; it must be -1 (one scale per row) "
+            "or a positive number of columns, usually 128."
         )
 
 

@@ -23,6 +23,7 @@ from auto_gptq.errors import (
     UnsupportedModelError,
 )
 from auto_gptq.modeling import BaseGPTQForCausalLM
+from auto_gptq.nn_modules.qlinear import QuantLinear
 from tests.tiny import tiny_examples, tiny_model
 
 WEIGHTS = "gptq_model-4bit-32g.safetensors"
@@ -99,10 +100,22 @@ def test_a_layer_named_by_the_user_that_cannot_be_packed_is_refused_before_anyth
     assert not wrapper.quantized
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, "int32", 16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.int8, torch.float8_e4m3fn, "int32", 16], ids=str
+)
 def test_no_model_is_loaded_in_what_cannot_be_computed_in(good: Path, dtype: Any) -> None:
     with pytest.raises(ConfigError, match="torch_dtype is"):
         _load(good, torch_dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "message"), [(5, 32, "bits is 5"), (4, 0, "group_size is 0")]
+)
+def test_no_layer_is_made_of_what_cannot_be_packed(
+    bits: int, group_size: int, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        QuantLinear(bits, group_size, 64, 64, bias=False)
 
 
 def test_bad_examples_change_nothing() -> None:
