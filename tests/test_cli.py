@@ -32,6 +32,7 @@ def test_inspect_says_what_odd_shapes_get(
     tiny_model(intermediate_size=80).save_pretrained(tmp_path)
     assert main(["inspect", str(tmp_path), "--group-size", "64"]) == 0
     shown = capsys.readouterr().out
+    assert "a row of the table" in shown and "Architecture(" not in shown
     assert "dense in the blocks" in shown
     assert r"-:model\.layers\.\d+\.mlp\.down_proj$" in shown
 
