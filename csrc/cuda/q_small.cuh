@@ -154,10 +154,10 @@ struct SmallKernel : SmallRing<BITS, T, NT, RW, WN, UNIT, X> {
 #pragma unroll 1  // ptxas 13.0 loses the policy otherwise
     for (int i = 0; i < STAGES; ++i) {
       if (first + i < last) {
-        copy_weight(from, first + i, begin + i * bytes);
         if constexpr (X == kByPerm) {
           copy_perm(first + i, begin + i * bytes);
         }
+        copy_weight(from, first + i, begin + i * bytes);
       }
       end_group();
     }

@@ -162,27 +162,13 @@ struct SmallRing : SmallBlock<BITS, T, NT, RW, WN> {
 
   // Bring all of x, as it is, into shared memory.
   __device__ __forceinline__ void keep_x() const {
-    constexpr int kAtOnce = 4;  // under way before the first is stored
-    uint4* const kept = reinterpret_cast<uint4*>(memory + p.x_at);
-    const uint4* from = static_cast<const uint4*>(p.x);
-    const int pieces = p.m * p.k / 8;
-    for (int first = threadIdx.x; first < pieces; first += kAtOnce * blockDim.x) {
-      uint4 v[kAtOnce];
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        const int i = first + j * blockDim.x;
-        if (i < pieces) {
-          v[j] = from[i];
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        const int i = first + j * blockDim.x;
-        if (i < pieces) {
-          kept[i] = v[j];
-        }
-      }
+    const uint32_t kept = shared_address(memory + p.x_at);
+    const char* from = static_cast<const char*>(p.x);
+    for (int i = 16 * threadIdx.x; i < 2 * p.m * p.k; i += 16 * blockDim.x) {
+      copy(kept + i, from + i);
     }
+    end_group();
+    wait_for_groups<0>();
     __syncthreads();
   }
 
