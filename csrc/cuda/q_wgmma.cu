@@ -13,7 +13,7 @@
 namespace auto_gptq {
 namespace {
 
-// A layout, and what a stage costs a block, measured on an H100.
+// A layout, and what the products of a stage cost a block, measured on an H100.
 struct Cost {
   int32_t rows, columns, depth;
   int64_t part;   // bytes
@@ -26,7 +26,9 @@ constexpr Cost cost(int64_t stage) {
 }
 
 constexpr Cost kCosts[] = {cost<Rows32>(620), cost<Rows64>(780), cost<Rows64Wide>(960),
-                           cost<Rows128>(860), cost<Rows128Wide>(1590)};
+                           cost<Rows128>(840), cost<Rows128Wide>(1640)};
+constexpr int64_t kMemory = 2750;  // bytes of weights that come in a nanosecond
+constexpr int64_t kOrder = 9;      // to bring a row of x of a stage into the order of codes
 // How many clusters of so many blocks run at once.
 constexpr int64_t kClusters[] = {0, 132, 66, 39, 30, 22, 17, 15, 15};
 constexpr int64_t kStart = 3200;      // until a block's first product, and to store a result
@@ -49,6 +51,16 @@ int64_t stages_of(const Product& p, const Cost& cost) {
   return divide_up(p.weight.k, cost.depth * kSide);
 }
 
+// What a stage costs each of so many blocks: they may wait for x, or for weights, which blocks with
+// other rows of x share.
+int64_t stage_time(const Product& p, const Cost& cost, int64_t blocks) {
+  const int64_t sharing = std::min<int64_t>(divide_up(p.m, cost.rows), 8);
+  const int64_t bytes = int64_t{cost.columns} * cost.depth * kSide * p.weight.bits / 8;
+  const bool is_ordered = p.weight.bits == 4 && p.weight.run == kSide;
+  return std::max({cost.stage, blocks * bytes / sharing / kMemory,
+                   is_ordered ? 0 : cost.rows * kOrder});
+}
+
 Choice choose(const Product& p, int64_t processors) {
   Choice best = {};
   int64_t least = INT64_MAX;
@@ -61,17 +73,19 @@ Choice choose(const Product& p, int64_t processors) {
   for (int32_t i = 0; i < static_cast<int32_t>(std::size(kCosts)); ++i) {
     const Cost& cost = kCosts[i];
     const int64_t results = results_of(p, cost), stages = stages_of(p, cost);
-    consider(divide_up(results, processors) * (stages * cost.stage + kStart),
-             {i, static_cast<int32_t>(std::min(results, processors)), 1});
+    const int64_t at_once = std::min(results, processors);
+    consider(divide_up(results, processors) * (stages * stage_time(p, cost, at_once) + kStart),
+             {i, static_cast<int32_t>(at_once), 1});
     for (int32_t split = 2; split < static_cast<int32_t>(std::size(kClusters)); ++split) {
       if (results <= kClusters[split] && results * split <= processors && stages >= split) {
         const int64_t moved = cost.part / split * (split - 1);
-        consider(divide_up(stages, split) * cost.stage + kStart + kMeet + moved / kRemoteBytes,
+        consider(divide_up(stages, split) * stage_time(p, cost, results * split) + kStart + kMeet +
+                     moved / kRemoteBytes,
                  {i, static_cast<int32_t>(results * split), split});
       }
     }
     const int64_t blocks = std::min(processors, results * stages);
-    consider(divide_up(results * stages, blocks) * cost.stage + kStart + kAdd +
+    consider(divide_up(results * stages, blocks) * stage_time(p, cost, blocks) + kStart + kAdd +
                  cost.part / kBytesAtOnce,
              {i, static_cast<int32_t>(blocks), 0});
   }
