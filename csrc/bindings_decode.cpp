@@ -1,5 +1,4 @@
-// torch.ops.auto_gptq.add_norm, gate, decode_attention, append_best and rotate on the CPU and on
-// NVIDIA GPUs.
+// torch.ops.auto_gptq.add_norm, gate, decode_attention and append_best on the CPU and on NVIDIA GPUs.
 #include "bindings_cuda.h"
 #include "decode.h"
 
@@ -273,46 +272,6 @@ void append_best(const Tensor& logits,
   run_on_gpu(logits, [&](void* stream) { return auto_gptq_cuda_append_best(&task, stream); });
 }
 
-void check_heads(const char* name, const Tensor& tensor, const Tensor& like) {
-  const auto address = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
-  bool aligned = tensor.dim() == 4 && tensor.stride(3) == 1 && address % 16 == 0;
-  for (int64_t i = 0; aligned && i < 3; ++i) {
-    aligned = tensor.size(i) == like.size(i) && tensor.stride(i) % 8 == 0;
-  }
-  STD_TORCH_CHECK(aligned && tensor.size(3) == like.size(3) && tensor.size(3) % 16 == 0 &&
-                      tensor.scalar_type() == like.scalar_type() &&
-                      tensor.get_device_index() == like.get_device_index(),
-                  name, " is ", shape_of(tensor), ", but must be [rows, heads, tokens, channels], ",
-                  "the channels adjacent and a multiple of 16, the strides multiples of 8.");
-}
-
-void rotate(const Tensor& x, const Tensor& cosine, const Tensor& sine, Tensor out) {
-  check_floating("x", x.scalar_type());
-  check_heads("x", x, x);
-  check_heads("out", out, x);
-  for (const auto& [name, angles] : {std::pair{"cosine", cosine}, std::pair{"sine", sine}}) {
-    check_same(name, angles, x);
-    STD_TORCH_CHECK(angles.dim() == 3 && (angles.size(0) == 1 || angles.size(0) == x.size(0)) &&
-                        angles.size(0) == cosine.size(0) && angles.size(1) == x.size(2) &&
-                        angles.size(2) == x.size(3),
-                    name, " is ", shape_of(angles), ", but must be [rows or 1, tokens, channels].");
-  }
-  const int64_t rows = x.size(0), heads = x.size(1), tokens = x.size(2), channels = x.size(3);
-  STD_TORCH_CHECK(rows * tokens <= INT32_MAX, "x has too many tokens: ", rows * tokens, ".");
-  const auto_gptq::Rotate task{x.const_data_ptr(),
-                               cosine.const_data_ptr(),
-                               sine.const_data_ptr(),
-                               out.mutable_data_ptr(),
-                               rows,
-                               heads,
-                               tokens,
-                               channels,
-                               {x.stride(0), x.stride(1), x.stride(2)},
-                               {out.stride(0), out.stride(1), out.stride(2)},
-                               cosine.size(0) == 1 ? 0 : tokens * channels,
-                               *data_type(x.scalar_type())};
-  run_on_gpu(x, [&](void* stream) { return auto_gptq_cuda_rotate(&task, stream); });
-}
 #endif
 
 }  // namespace
@@ -329,7 +288,6 @@ STABLE_TORCH_LIBRARY_IMPL(auto_gptq, CUDA, m) {
   m.impl("add_norm", TORCH_BOX(&add_norm));
   m.impl("gate", TORCH_BOX(&gate));
   m.impl("append_best", TORCH_BOX(&append_best));
-  m.impl("rotate", TORCH_BOX(&rotate));
   m.impl("decode_attention", TORCH_BOX(&decode_attention));
 }
 #endif

@@ -33,23 +33,6 @@ struct Gate {
   DataType type;
 };
 
-// Turn channel c of the low half of each head's channels and its partner in the high half by their
-// angles, for all tokens of sequences.  On a GPU only.
-struct Rotate {
-  const void* x;       // [B, Q, T, D], channels adjacent
-  const void* cosine;  // [B or 1, T, D]
-  const void* sine;    // like it
-  void* out;           // out [B, Q, T, D], channels adjacent
-  int64_t rows;        // B
-  int64_t heads;       // Q
-  int64_t tokens;      // T
-  int64_t channels;    // D, a multiple of 16
-  int64_t x_strides[3];  // of B, Q and T; multiples of 8
-  int64_t out_strides[3];
-  int64_t angle_stride;  // of B; 0 if all rows have the same angles
-  DataType type;
-};
-
 // y = x W^T for a dense weight.
 struct Dense {
   const float* x;      // [M, K]
@@ -120,7 +103,6 @@ inline int32_t heads_per_share(int32_t group) {
 // waits for its results.
 AUTO_GPTQ_API const char* auto_gptq_cuda_add_norm(const auto_gptq::AddNorm* task, void* stream);
 AUTO_GPTQ_API const char* auto_gptq_cuda_gate(const auto_gptq::Gate* task, void* stream);
-AUTO_GPTQ_API const char* auto_gptq_cuda_rotate(const auto_gptq::Rotate* task, void* stream);
 AUTO_GPTQ_API const char* auto_gptq_cuda_append_best(const auto_gptq::AppendBest* task,
                                                      void* stream);
 AUTO_GPTQ_API const char* auto_gptq_cuda_decode_attention(const auto_gptq::DecodeAttention* task,

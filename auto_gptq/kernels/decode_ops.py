@@ -133,16 +133,6 @@ def _rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
 
-def rotate(
-    x: Tensor,  # [B, Q, T, D] queries or keys
-    cosine: Tensor,  # [B or 1, T, D]
-    sine: Tensor,  # [B or 1, T, D]
-    out: Tensor,  # [B, Q, T, D]; becomes the rotated ones
-) -> None:
-    """Rotate whole sequences, each channel with its partner half a head away."""
-    out.copy_(_rotated(x, cosine.unsqueeze(1), sine.unsqueeze(1)))
-
-
 def decode_scratch(
     batch: int, heads: int, kv_heads: int, channels: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -173,10 +163,8 @@ _define(
     append_best,
     "()",
 )
-_define("rotate", "Tensor x, Tensor cosine, Tensor sine, Tensor(a!) out", rotate, "()")
 
 
-@torch.library.register_fake("auto_gptq::rotate", lib=_library)
 @torch.library.register_fake("auto_gptq::append_best", lib=_library)
 def _(*_arguments: Any) -> None:
     return None

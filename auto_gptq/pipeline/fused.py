@@ -1,16 +1,13 @@
-"""A block's norms and rotations in one kernel each, while a model is quantized in 16 bits.
+"""A block's norms in one kernel each, while a model is quantized in 16 bits.
 
-transformers writes a norm as seven operations on all hidden states and a rotation as ten, which
-together take about half as long as the products of a forward pass.
+transformers writes a norm as seven operations on all hidden states.
 """
 
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,23 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..calibration.capture import forwards_replaced
-from ..kernels import decode_ops, native
 
 _ROWS = 8  # of the trials
-# How transformers calls it, and begins its arguments, in the file of every model that rotates.
-_ROTATION = "apply_rotary_pos_emb"
-_ARGUMENTS = ["q", "k", "cos", "sin"]
 
 
 @contextmanager
 def fused(block: nn.Module) -> Iterator[None]:
-    """Let norms and rotations that are known run in one kernel each.
+    """Let norms that are known run in one kernel each, and attention without cuDNN's plans.
 
-    Which ones are is found by trial, so the block's weights have to be on its device.  Results
-    differ in where they round to 16 bits.  Where weights have 32 bits, as on a CPU, nothing is
+    Which norms are is found by trial, so the block's weights have to be on its device.  Results
+    differ in where they round to 16 bits.  Where weights have 32 bits, as on a CPU, no norm is
     changed.
     """
-    with fused_norms(block), fused_rotations(block), without_cudnn_attention():
+    with fused_norms(block), without_cudnn_attention():
         yield
 
 
@@ -84,28 +77,6 @@ def _epsilon(norm: nn.Module) -> float | None:
 
 
 @contextmanager
-def fused_rotations(block: nn.Module) -> Iterator[None]:
-    """Let queries and keys be rotated by an operator, in the files that the block's classes are of.
-
-    What calls for another rotation, or for gradients, gets the file's own function.
-    """
-    native.load()
-    weight = next(block.parameters())
-    files = {type(module).__module__ for module in block.modules()}
-    replaced: list[tuple[ModuleType, Any]] = []
-    try:
-        for file in (sys.modules[name] for name in files if name.startswith("transformers.")):
-            own = getattr(file, _ROTATION, None)
-            if own is not None and weight.dtype.itemsize == 2 and _is_known(own, weight):
-                replaced.append((file, own))
-                setattr(file, _ROTATION, _in_one_kernel(own))
-        yield
-    finally:
-        for file, own in replaced:
-            setattr(file, _ROTATION, own)
-
-
-@contextmanager
 def without_cudnn_attention() -> Iterator[None]:
     """Let torch choose another attention than cuDNN's, which every thread plans anew.
 
@@ -118,59 +89,3 @@ def without_cudnn_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
-
-
-def _is_known(rotation: Any, like: Tensor) -> bool:
-    """Tell by trial whether a function is two times the operator ``rotate``."""
-    arguments = list(inspect.signature(rotation).parameters.values())
-    others = arguments[len(_ARGUMENTS) :]
-    if [argument.name for argument in arguments[: len(_ARGUMENTS)]] != _ARGUMENTS or any(
-        argument.default is inspect.Parameter.empty for argument in others
-    ):
-        return False
-    numbers = torch.linspace(-2, 3, 4 * _ROWS * 32, dtype=like.dtype, device=like.device)
-    q, k, cosine, sine = numbers.view(4, 1, 1, _ROWS, 32)
-    given = q, k, cosine[0], sine[0]
-    tolerance = 4 * torch.finfo(like.dtype).eps
-    return all(
-        found.shape == wanted.shape and torch.allclose(found, wanted, tolerance, 4 * tolerance)
-        for found, wanted in zip(_rotated(*given), rotation(*given), strict=True)
-    )
-
-
-def _in_one_kernel(own: Any) -> Any:
-    def rotation(
-        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **named: Any
-    ) -> tuple[Tensor, Tensor]:
-        fits = not torch.is_grad_enabled() and cos.shape == sin.shape
-        if others or named or not fits or not _fits(q, cos) or not _fits(k, cos):
-            result: tuple[Tensor, Tensor] = own(q, k, cos, sin, *others, **named)
-            return result
-        return _rotated(q, k, cos, sin)
-
-    return rotation
-
-
-def _fits(x: Tensor, angles: Tensor) -> bool:
-    """Tell whether the operator takes heads ``[B, Q, T, D]`` and these angles."""
-    if x.dim() != 4 or angles.dim() != 3 or x.dtype != angles.dtype or x.dtype.itemsize != 2:
-        return False
-    aligned = x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:3])
-    return (
-        aligned
-        and x.stride(3) == 1
-        and x.shape[3] % 16 == 0
-        and angles.is_contiguous()
-        and angles.shape[0] in (1, x.shape[0])
-        and angles.shape[1:] == x.shape[2:]
-    )
-
-
-def _rotated(q: Tensor, k: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
-    results = torch.empty_like(q), torch.empty_like(k)
-    for x, out in zip((q, k), results, strict=True):
-        torch.ops.auto_gptq.rotate(x, cosine, sine, out)
-    return results
-
-
-_ = decode_ops  # importing it defines the operator

@@ -52,38 +52,6 @@ def test_gate_multiplies_the_opened_half_with_the_other(device, dtype, gelu) -> 
     assert error.max() < tolerance(dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [1, 3], ids=["one set of angles", "angles of each row"])
-@pytest.mark.parametrize("channels", [16, 96, 128])
-def test_rotate_turns_halves_of_heads_by_their_angles(device, dtype, rows, channels) -> None:
-    x = torch.randn(3, 7, 5, channels, dtype=dtype).transpose(1, 2)  # as projections give it
-    cosine, sine = torch.randn(2, rows, 7, channels, dtype=dtype)
-    low, high = x.double().chunk(2, -1)
-    wanted = x.double() * cosine.double().unsqueeze(1)
-    wanted += torch.cat((-high, low), -1) * sine.double().unsqueeze(1)
-    held = x.to(device)
-    assert not held.is_contiguous()
-    for out in (torch.empty_like(held), torch.empty(held.shape, dtype=dtype, device=device)):
-        out.fill_(torch.nan)
-        ops.rotate(held, cosine.to(device), sine.to(device), out)
-        error = (out.cpu().double() - wanted).abs() / wanted.abs().clamp(min=1)
-        assert error.max() < tolerance(dtype)
-
-
-@pytest.mark.gpu
-def test_rotate_refuses_what_its_kernel_cannot_read() -> None:
-    x = torch.randn(2, 4, 6, 32, device="cuda")
-    angles = torch.randn(1, 6, 32, device="cuda")
-    for wrong in (
-        (x[..., ::2], angles[..., :16].contiguous()),
-        (x[..., :24], angles[..., :24].contiguous()),
-        (x, angles[:, :5].contiguous()),
-        (x, angles.half()),
-    ):
-        with pytest.raises(RuntimeError, match=r"x is|cosine"):
-            ops.rotate(wrong[0], wrong[1], wrong[1], torch.empty_like(wrong[0]))
-
-
 def attention_case(
     heads: int, kv_heads: int, channels: int, rotated: int, dtype: torch.dtype, norms: bool
 ) -> dict[str, Any]:
@@ -204,8 +172,6 @@ def test_operators_pass_opcheck(device) -> None:
     check(ops.add_norm, hidden, hidden.clone(), ones, 1e-5)
     check(ops.gate, hidden, False)
     check(ops.append_best, hidden, tokens, place, ended, place, 7)
-    heads, angles = torch.randn(2, 4, 3, 16, device=device), torch.randn(1, 3, 16, device=device)
-    check(ops.rotate, heads, angles, angles.clone(), torch.empty_like(heads))
 
 
 @pytest.mark.gpu

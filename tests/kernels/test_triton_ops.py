@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -18,12 +19,24 @@ if not torch.cuda.is_available() and "triton" not in sys.modules:
 pytest.importorskip("triton")
 triton_ops = pytest.importorskip("auto_gptq.kernels.triton_ops")
 
-# Triton's interpreter takes single numbers out of arrays in an old way.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Conversion of an array with ndim:DeprecationWarning"
-)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Settings = tuple[int, int, int, int]
+
+
+@pytest.fixture(autouse=True)
+def numbers_out_of_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the interpreter take a loop's bounds out of arrays ``[1]``.
+
+    Before Triton 3.7 it does so in a way that NumPy 2.4 refuses, and each product was a TypeError.
+    """
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor: Any, *scope: object) -> None:
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_and_mend)
 
 
 def weight(
