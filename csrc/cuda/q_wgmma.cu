@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <iterator>
 
+#include "arrange.h"
 #include "device.h"
 #include "q_matmul.h"
 #include "q_wgmma.h"
@@ -26,9 +27,8 @@ constexpr Cost cost(int64_t stage) {
 }
 
 constexpr Cost kCosts[] = {cost<Rows32>(620), cost<Rows64>(780), cost<Rows64Wide>(960),
-                           cost<Rows128>(840), cost<Rows128Wide>(1640)};
+                           cost<Rows128>(830), cost<Rows128Wide>(1590)};
 constexpr int64_t kMemory = 2750;  // bytes of weights that come in a nanosecond
-constexpr int64_t kOrder = 9;      // to bring a row of x of a stage into the order of codes
 // How many clusters of so many blocks run at once.
 constexpr int64_t kClusters[] = {0, 132, 66, 39, 30, 22, 17, 15, 15};
 constexpr int64_t kStart = 3200;      // until a block's first product, and to store a result
@@ -51,14 +51,12 @@ int64_t stages_of(const Product& p, const Cost& cost) {
   return divide_up(p.weight.k, cost.depth * kSide);
 }
 
-// What a stage costs each of so many blocks: they may wait for x, or for weights, which blocks with
-// other rows of x share.
+// What a stage costs each of so many blocks, which may wait for weights.  Blocks with other rows of x
+// share them.
 int64_t stage_time(const Product& p, const Cost& cost, int64_t blocks) {
   const int64_t sharing = std::min<int64_t>(divide_up(p.m, cost.rows), 8);
   const int64_t bytes = int64_t{cost.columns} * cost.depth * kSide * p.weight.bits / 8;
-  const bool is_ordered = p.weight.bits == 4 && p.weight.run == kSide;
-  return std::max({cost.stage, blocks * bytes / sharing / kMemory,
-                   is_ordered ? 0 : cost.rows * kOrder});
+  return std::max(cost.stage, blocks * bytes / sharing / kMemory);
 }
 
 Choice choose(const Product& p, int64_t processors) {
@@ -133,7 +131,7 @@ const char* auto_gptq_cuda_q_wgmma(const Product* given, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
   Product product = *given;
   if (product.weight.perm) {
-    if (const char* failure = auto_gptq_cuda_gather(given, stream)) {
+    if (const char* failure = sort_rows(*given, given->workspace, on)) {
       return failure;
     }
     product.x = product.workspace;
@@ -142,8 +140,10 @@ const char* auto_gptq_cuda_q_wgmma(const Product* given, void* stream) {
   const Choice choice = choose(product, current_device().processors);
   Deal dealt = deal(*given, choice);  // parts lie behind sorted x
   dealt.x = product.x;
+  // Rows that are not there would take as long to come as others.
+  const int64_t rows = std::min<int64_t>(product.m, kCosts[choice.layout].rows);
   const char* failure = describe_matrix(dealt.rows, product.x, product.type, product.m,
-                                        product.weight.k, kCosts[choice.layout].rows,
+                                        product.weight.k, static_cast<uint32_t>(rows),
                                         CU_TENSOR_MAP_SWIZZLE_128B);
   if (failure) {
     return failure;

@@ -1,10 +1,10 @@
 // y = x W^T for some dozen to some hundred rows of x, on the tensor cores of Hopper.
 //
 // A block computes its outputs for ROWS rows of x: the transposed product, so that the weight is
-// the operand that comes from registers, where its codes become numbers.  Four warps of producers
-// keep a ring of stages full, a stage being some tiles of x, codes and grids; two of them bring x
-// into the order of the codes.  A warpgroup of consumers has 64 outputs or twice as many; while the
-// products of one tile run, it decodes the next, into other registers.
+// the operand that comes from registers, where its codes become numbers.  Warps of producers keep a
+// ring of stages full, a stage being some tiles of x, codes and grids: two of them copy, others
+// bring x into the order of the codes.  A warpgroup of consumers has 64 outputs or twice as many;
+// while the products of one tile run, it decodes the next, into other registers.
 //
 // Results are rows by outputs of a block.  Where they do not fill all multiprocessors, either the
 // blocks of a cluster share the stages of a result and add up in shared memory, or the stages of
@@ -96,7 +96,7 @@ struct Worker {
     if (warp == 0) {
       for_stages(empty, 1, [&](int2 place, int tile, int slot) { copy_weight(place, tile, slot); });
     } else if (warp > 1) {
-      if constexpr (C::kOrdersX) {
+      if (warp < 2 + C::kOrderers) {
         order_x(warp - 2);
       }
     } else if (threadIdx.x % 32 == 0) {
@@ -104,7 +104,7 @@ struct Worker {
       wait_for_previous_kernel();
       for_stages(empty, 1, [&](int2 place, int tile, int slot) {
         const uint32_t barrier = (C::kOrdersX ? come : full) + 8 * slot;
-        barrier_expect(barrier, C::kDepth * C::kX);
+        barrier_expect(barrier, C::kDepth * min(static_cast<int>(p.m), C::kRows) * 128);
 #pragma unroll
         for (int d = 0; d < C::kDepth; ++d) {
           box_copy(ring + slot * C::kStage + d * C::kX, &p.rows, (tile + d) * kSide, place.x,
@@ -114,10 +114,10 @@ struct Worker {
     }
   }
 
-  // Two warps bring x into the order in which lanes have codes (arrange.h), where it lies: eight
+  // Some warps bring x into the order in which lanes have codes (arrange.h), where it lies: eight
   // lanes have a row's vectors of eight inputs, and each pair goes to a vector of another step.
   __device__ __forceinline__ void order_x(int warp) const {
-    constexpr int kAtOnce = 4;
+    constexpr int kAtOnce = 4, kRows = 4 * kAtOnce;
     const int lane = threadIdx.x % 32, row = lane / 8, vector = lane % 8;
     const int run = p.weight.run, quarter = run / 4;
     const uint32_t from = row * 128 + (vector ^ row) * 16;
@@ -134,7 +134,7 @@ struct Worker {
       for (int d = 0; d < C::kDepth; ++d) {
         const uint32_t tile = ring + slot * C::kStage + d * C::kX;
 #pragma unroll 1
-        for (int first = warp * (4 * kAtOnce); first < rows; first += 2 * 4 * kAtOnce) {
+        for (int first = warp * kRows; first < rows; first += C::kOrderers * kRows) {
           uint4 v[kAtOnce];
 #pragma unroll
           for (int i = 0; i < kAtOnce; ++i) {  // four rows, the swizzle of the next four differs
@@ -325,7 +325,7 @@ struct Worker {
 };
 
 template <typename C>
-__global__ void __launch_bounds__(C::kThreads, 1) q_wgmma(const __grid_constant__ Deal p) {
+__global__ void __launch_bounds__(C::kBound, 1) q_wgmma(const __grid_constant__ Deal p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t ring = shared_address(shared), come = ring + C::kBarriersAt;
@@ -335,7 +335,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) q_wgmma(const __grid_constant_
   if (threadIdx.x == 0) {
     for (int s = 0; s < C::kStages; ++s) {
       barrier_init(worker.come + 8 * s, 1);
-      barrier_init(worker.full + 8 * s, C::kOrdersX ? 3 : 2);  // warps: of weights, of x
+      barrier_init(worker.full + 8 * s, 1 + max(C::kOrderers, 1));  // warps: of weights, of x
       barrier_init(worker.empty + 8 * s, C::kConsumers / 32);
     }
     barrier_init(worker.joined, 1);

@@ -39,6 +39,24 @@ struct Config : Results<T, L> {
   // cores leave no time to move so many rows about.
   static constexpr bool kOrdersX = L::kRows < 128 || BITS_ != 4 || SPANS > 1;
 
+  // Warps that do so: two keep up with 32 rows, and with products of twice as many outputs.
+  static constexpr bool kIsWide = L::kTiles == 2;
+  static constexpr int kOrderers = !kOrdersX                    ? 0
+                                   : kIsWide || L::kRows == 32 ? 2
+                                   : L::kRows == 64            ? 4
+                                                               : 6;
+  static constexpr int kThreads = L::kConsumers + (kOrderers > 2 ? 256 : 128);
+
+  // A multiprocessor has 64 Ki registers: they are given to so many threads at the start, of which
+  // some then give what others take.  Where fewer suffice, kernels before and behind fit beside.
+  static constexpr int kBound = kThreads + (kOrdersX || kIsWide ? 0 : 64);
+  static constexpr int kGive = kIsWide || L::kRows < 128 ? 56 : 88;
+  static constexpr int kTake = kIsWide           ? 224
+                               : L::kRows == 32 ? 152
+                               : L::kRows == 64 ? 120
+                               : kOrdersX       ? 168
+                                                : 144;
+
   static constexpr int kX = L::kRows * 128;  // bytes of 64 inputs
   static constexpr int kTile = 512 * kBits;
   static constexpr int kColumn = L::kDepth * kTile;  // tiles of one 64 outputs lie together
@@ -73,11 +91,11 @@ struct Grid {
 #pragma unroll
     for (int i = 0; i < C::kSpans * 2; ++i) {
       const int span = i / 2, row = i % 2, column = columns + row * 8;
-      const uint32_t from = scales + span * C::kSpan;
       if constexpr (C::kGrids == Grids::kAny) {
-        scale[span][row] = convert(load_word((from & ~3u) + column * (is_wide ? 4 : 2)));
+        const uint32_t from = (scales & ~3u) + span * C::kSpan;
+        scale[span][row] = convert(load_word(from + column * (is_wide ? 4 : 2)));
       } else {
-        scale[span][row] = twice(load_half(from + column * 2));
+        scale[span][row] = twice(load_half(scales + (span * C::kSpan + column * 2)));
       }
       if constexpr (C::kGrids != Grids::kOwn) {
         const uint32_t byte = load_byte(zeros + span * C::kColumns + column);
