@@ -51,8 +51,8 @@ int64_t stages_of(const Product& p, const Cost& cost) {
   return divide_up(p.weight.k, cost.depth * kSide);
 }
 
-// What a stage costs each of so many blocks, which may wait for weights.  Blocks with other rows of x
-// share them.
+// What a stage costs each of so many blocks, which may wait for weights.  Blocks with other rows of
+// x share them.
 int64_t stage_time(const Product& p, const Cost& cost, int64_t blocks) {
   const int64_t sharing = std::min<int64_t>(divide_up(p.m, cost.rows), 8);
   const int64_t bytes = int64_t{cost.columns} * cost.depth * kSide * p.weight.bits / 8;

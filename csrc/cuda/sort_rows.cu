@@ -66,11 +66,12 @@ __global__ void __launch_bounds__(THREADS, 2) sort(const __grid_constant__ Sort 
 
 }  // namespace
 
-// Measured on an H100: few rows fill it if they are parted, and all threads write at once; many rows
-// save reads of perm.
+// Measured on an H100: few rows fill it if they are parted, and all threads write at once; many
+// rows save reads of perm.
 const char* sort_rows(const Product& product, void* to, cudaStream_t stream) {
   const int64_t k = product.weight.k, m = product.m;
-  const int rows = m < 1024 ? 1 : static_cast<int>(std::clamp<int64_t>(kMostShared / (2 * k), 1, 4));
+  const int64_t fit = std::clamp<int64_t>(kMostShared / (2 * k), 1, 4);
+  const int rows = m < 1024 ? 1 : static_cast<int>(fit);
   const int parts = static_cast<int>(std::min((k + 5119) / 5120, std::max<int64_t>(264 / m, 1)));
   const Sort task{static_cast<const uint16_t*>(product.x),
                   product.weight.perm,
