@@ -45,7 +45,7 @@ constexpr SmallConfig kSmallGroups{2, 16, true}, kOutOfOrder{4, 16, false},
 // most of these products.
 bool sorts_inside(const Product& product) {
   const int64_t bytes = 2 * product.m * product.weight.k;
-  return product.weight.perm && product.m <= 4 && bytes <= current_device().shared_bytes / 2;
+  return product.weight.perm && product.m <= 2 && bytes <= current_device().shared_bytes / 2;
 }
 
 SmallConfig choose(const Product& product) {

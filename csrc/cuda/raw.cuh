@@ -71,6 +71,24 @@ struct Raw {
     }
   }
 
+  // The same in fewer operations, where a number can hold the codes of both rows of a pair: row 0
+  // is unit(0) * code + what row 1 is.  Whoever has sums of both takes row 1's from row 0's.
+  static constexpr bool kNests = BITS == 4 && kIsHalf;
+
+  __device__ __forceinline__ static void nested(const LaneCodes<BITS>& codes,
+                                                int step,
+                                                uint32_t (&a)[4]) {
+    if constexpr (kNests) {
+      const uint32_t word = codes.word[step];
+      a[0] = word & 0x00ff00ff;
+      a[1] = word & 0x00f000f0;
+      a[2] = __byte_perm(word, 0, 0x4341);  // the other bytes
+      a[3] = a[2] & 0x00f000f0;
+    } else {
+      operand(codes, step, a);
+    }
+  }
+
   // Two codes, of which one is 16 times the other's unit, as two numbers of one unit.  Differences of
   // subnormal numbers are exact, and leave shifts and masks, which wait for each other, alone.
   __device__ __forceinline__ static void split(uint32_t both,
