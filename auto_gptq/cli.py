@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import AutoGPTQError
+from .errors import AutoGPTQError, CheckpointError
+from .quantization.presets import PRESETS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         options.run(options)
-    except AutoGPTQError as error:
+    except (AutoGPTQError, OSError) as error:  # no file, no network, no right to write
         print(f"auto-gptq: {error}", file=sys.stderr)
         return 1
     return 0
@@ -36,14 +37,23 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(quantize, "full-precision model: a folder or a name on the Hub")
     quantize.add_argument("output", type=Path, help="folder to save to")
     _add_settings(quantize)
-    quantize.add_argument("--desc-act", action="store_true", help="important columns first")
+    quantize.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        default="default",
+        help="how hard to try (default: default)",
+    )
     quantize.add_argument(
         "--data", help="text to calibrate on: a .txt, .json, .jsonl or .parquet file, or a data set"
     )
     quantize.add_argument("--column", default="text", help="column of the data (default: text)")
-    quantize.add_argument("--rows", type=int, default=128, help="calibration rows (default: 128)")
-    quantize.add_argument("--length", type=int, default=2048, help="tokens a row (default: 2048)")
-    quantize.add_argument("--batch-size", type=int, default=1)
+    quantize.add_argument(
+        "--rows", type=_count, default=128, help="calibration rows (default: 128)"
+    )
+    quantize.add_argument(
+        "--length", type=_count, default=2048, help="tokens a row (default: 2048)"
+    )
+    quantize.add_argument("--batch-size", type=_count, default=1)
     quantize.add_argument("--work-dir", type=Path, help="keep finished blocks there, to go on")
     quantize.add_argument("--dtype", default="auto", help="dtype to load the model in")
     quantize.add_argument("--max-shard-size", help='like "4GB"')
@@ -64,6 +74,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(kernels)
     kernels.add_argument("--device", help="like cuda:0; the first GPU if there is one")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
 
 
 def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
@@ -96,14 +112,14 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _quantize(options: argparse.Namespace) -> None:
-    from transformers import AutoTokenizer
-
     from .calibration.datasets import as_examples, columns, python_documentation, token_rows
+    from .checkpoint.writer import Files, check_folder
     from .modeling import AutoGPTQForCausalLM
+    from .quantization.config import BaseQuantizeConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        options.model, trust_remote_code=options.trust_remote_code
-    )
+    check_folder(options.output)  # now, and not after the work
+    Files(max_shard_size=options.max_shard_size)
+    tokenizer = _tokenizer(options)
     if options.data is None:
         text = python_documentation()
     else:
@@ -111,7 +127,7 @@ def _quantize(options: argparse.Namespace) -> None:
     rows = token_rows(text, tokenizer, options.length)[: options.rows]
     model = AutoGPTQForCausalLM.from_pretrained(
         options.model,
-        _settings(options, desc_act=options.desc_act, static_groups=options.desc_act),
+        BaseQuantizeConfig.preset(options.preset, options.bits, options.group_size),
         trust_remote_code=options.trust_remote_code,
         torch_dtype=options.dtype,
     )
@@ -121,13 +137,9 @@ def _quantize(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from transformers import AutoTokenizer
-
     from .evaluation.perplexity import Perplexity
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        options.model, trust_remote_code=options.trust_remote_code
-    )
+    tokenizer = _tokenizer(options)
     measure = Perplexity(_load(options, device=options.device), tokenizer, options.data)
     result = measure.calculate_perplexity(options.window, options.window)
     print(f"perplexity {result[-1]:.4f} over {len(result)} windows of {options.window} tokens")
@@ -145,17 +157,32 @@ def _kernels(options: argparse.Namespace) -> None:
     import torch
 
     from .kernels.choose import Weight, explain
+    from .modeling.place import Place
 
     device = options.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
-    print(explain(Weight(torch.device(device), options.bits, options.group_size)))
+    Place.of(device, None, None)  # refuses what this machine has not
+    settings = _settings(options)
+    print(explain(Weight(torch.device(device), settings.bits, settings.group_size)))
 
 
-def _settings(options: argparse.Namespace, **others: Any) -> Any:
+def _settings(options: argparse.Namespace) -> Any:
     from .quantization.config import BaseQuantizeConfig
 
-    return BaseQuantizeConfig(
-        bits=options.bits, group_size=options.group_size, **{"desc_act": False} | others
-    )
+    return BaseQuantizeConfig(options.bits, options.group_size, desc_act=False)
+
+
+def _tokenizer(options: argparse.Namespace) -> Any:
+    from transformers import AutoTokenizer
+
+    from .modeling import load
+
+    load.load_config(options.model, options.trust_remote_code)  # says best if there is no model
+    try:
+        return AutoTokenizer.from_pretrained(
+            options.model, trust_remote_code=options.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{options.model} has no usable tokenizer: {error}") from error
 
 
 def _load(options: argparse.Namespace, **arguments: Any) -> Any:

@@ -178,7 +178,7 @@ AUTO_GPTQ_API void auto_gptq_cpu_round(const auto_gptq::Tiled* weight,
                                        int64_t end,
                                        auto_gptq::Isa isa);
 
-// Add x W^T to columns [n_begin, n_end) of y; both are multiples of 16.
+// Add x W^T to columns [n_begin, n_end) of y; both are multiples of 16, with 4 bits of 32.
 AUTO_GPTQ_API void auto_gptq_cpu_multiply_tiles(const auto_gptq::Tiled* weight,
                                                 const auto_gptq::Rounded* x,
                                                 float* y,  // in and out [M, N]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from auto_gptq import BaseQuantizeConfig
 from auto_gptq.cli import main
 from tests.tiny import tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -31,6 +32,7 @@ def test_inspect_says_what_odd_shapes_get(
     tiny_model(intermediate_size=80).save_pretrained(tmp_path)
     assert main(["inspect", str(tmp_path), "--group-size", "64"]) == 0
     shown = capsys.readouterr().out
+    assert "a row of the table" in shown and "Architecture(" not in shown
     assert "dense in the blocks" in shown
     assert r"-:model\.layers\.\d+\.mlp\.down_proj$" in shown
 
@@ -46,6 +48,7 @@ def test_a_model_is_quantized_measured_and_converted(
     settings = ["--group-size", "32", "--rows", "4", "--length", "32", "--data", str(text)]
     assert main(["quantize", str(dense), str(packed), *settings, "--dtype", "float32"]) == 0
     assert "14 linears quantized" in capsys.readouterr().out
+    assert BaseQuantizeConfig.from_pretrained(packed).correction == 0.75  # the default preset's
     arguments = ["evaluate", str(packed), "--data", str(text), "--window", "32", "--device", "cpu"]
     assert main(arguments) == 0
     assert "perplexity" in capsys.readouterr().out
@@ -62,3 +65,35 @@ def test_errors_of_users_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_kernels_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["kernels", "--device", "cpu"]) == 0
     assert "runs" in capsys.readouterr().out
+
+
+def test_errors_come_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A wrong folder or size ended a run of hours, and tracebacks met a wrong path or device."""
+    text, broken, model = tmp_path / "text.txt", tmp_path / "broken", tmp_path / "model"
+    text.write_text("the quick brown fox")
+    broken.mkdir()
+    (broken / "config.json").write_text('{"model_type"')
+    tiny_model().save_pretrained(model)
+    out, here = str(tmp_path / "out"), str(model)
+    capsys.readouterr()
+    for arguments, message in (
+        (["quantize", here, str(text)], "is a file"),
+        (["quantize", here, out, "--max-shard-size", "abc"], "max_shard_size is 'abc'"),
+        (["quantize", str(tmp_path / "none"), out], "is neither a folder"),
+        (["quantize", here, out], "has no usable tokenizer"),
+        (["evaluate", str(tmp_path)], "has no config.json"),
+        (["inspect", str(broken)], "cannot be used: It looks like the config file"),
+        (["kernels", "--device", "nope"], "device is 'nope'"),
+        (["kernels", "--group-size", "0"], "group_size is 0"),
+    ):
+        assert main(arguments) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("auto-gptq: ") and message in error
+    tiny_tokenizer().save_pretrained(model)
+    assert main(["quantize", here, out, "--data", str(text)]) == 1
+    assert "A row of 2048 tokens cannot be filled with a text of" in capsys.readouterr().err
+    assert main(["quantize", here, out, "--data", str(tmp_path / "no.json")]) == 1
+    assert "There is no file" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["quantize", here, out, "--rows", "-1"])
+    assert "'-1' is not a whole number from 1 on" in capsys.readouterr().err

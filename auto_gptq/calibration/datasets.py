@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, ExamplesError
+from ..errors import ConfigError, ExamplesError, MissingFileError
 from ..optional import require
 
 # What reads a local file; plain text needs nobody's help.
@@ -73,10 +73,16 @@ def token_rows(
     """Tokenize a text, cut it into rows of equal length and shuffle them; the rest is dropped.
 
     Each row begins with BOS if the tokenizer begins texts with it: without, Gemma 3 knows nothing.
+
+    :raises ExamplesError: (a ValueError) if the text does not fill a row
     """
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     first = [i for i in tokenizer("")["input_ids"][:1] if i == tokenizer.bos_token_id]
     length -= len(first)
+    if not 0 < length <= len(ids):
+        raise ExamplesError(
+            f"A row of {length + len(first)} tokens cannot be filled with a text of {len(ids)}."
+        )
     rows = ids[: len(ids) // length * length].view(-1, length)
     rows = torch.cat([ids.new_tensor(first).expand(len(rows), -1), rows], 1)
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
@@ -120,8 +126,11 @@ def load_table(source: str | Path, **options: Any) -> Any:
     """Read a local .txt, .json, .jsonl, .csv or .parquet file, or a dataset on the Hub.
 
     :raises MissingLibraryError: (an ImportError) if that needs ``datasets`` and it is not there
+    :raises MissingFileError: (a FileNotFoundError) if it can only be a file, and there is none
     """
     file = Path(source)
+    if not file.exists() and file.suffix in (".txt", *_BUILDERS):
+        raise MissingFileError(f"There is no file {file} (seen from {Path.cwd()}).")
     if not file.is_file():
         return require("datasets", f"Loading {str(source)!r}").load_dataset(str(source), **options)
     if file.suffix not in _BUILDERS:

@@ -180,7 +180,7 @@ def _checked(i: int, example: Mapping[str, Any], vocab_size: int | None) -> tupl
 def _rows(i: int, key: str, value: Any) -> Tensor:  # [rows, T] int64
     try:
         rows = torch.as_tensor(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ExamplesError(
             f"examples[{i}][{key!r}] cannot be made a tensor ({error}). Give one list of ints per "
             "example; rows of different length go into examples of their own."

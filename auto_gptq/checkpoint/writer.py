@@ -29,15 +29,25 @@ class Files:
     """What kind of weight files to write.
 
     :param max_shard_size: bytes, or like "2GB" or "2GiB"; None for one file
+    :raises ConfigError: if it is none of these
     """
 
     use_safetensors: bool = True
     max_shard_size: int | str | None = None
 
+    def __post_init__(self) -> None:
+        parse_size(self.max_shard_size)
+
     @property
     def extension(self) -> str:
         """How the files' names end."""
         return ".safetensors" if self.use_safetensors else ".bin"
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a file where a folder to write into is wanted."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; name a folder to write into.")
 
 
 @contextmanager
@@ -51,9 +61,8 @@ def staged(folder: Path, replaces: str = "") -> Iterator[Path]:
         where no new file has taken their name: a left-over index would lead to old shards
     :raises StorageError: (an OSError) if the disk is full
     """
+    check_folder(folder)
     existed = folder.exists()
-    if existed and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file; name a folder to write into.")
     folder.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
     try:

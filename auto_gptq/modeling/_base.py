@@ -32,7 +32,7 @@ from .carry import Source, load_generation_config
 from .former import FormerMethods
 from .limits import longest_sequence, padding_token
 from .place import Place, place
-from .save import save_checkpoint
+from .save import note_packing, save_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -214,6 +214,7 @@ class BaseGPTQForCausalLM(FormerMethods):
         if self._disk is None:
             prepare(self.model)
         self.calibration_rows = sum(len(batch.input_ids) for batch in batches)
+        note_packing(self.model, self.quantize_config)
         self._quantized = True
 
     def save_quantized(
@@ -382,6 +383,7 @@ class BaseGPTQForCausalLM(FormerMethods):
         model = load.load_packed(model_config, weights, settings, torch_dtype, trust_remote_code)
         load_generation_config(model, Source.of(model_name_or_path, kwargs))
         place(model, where.device, where.device_map, where.max_memory)
+        note_packing(model, settings)
         settings.model_name_or_path = str(model_name_or_path)
         settings.model_file_base_name = weights.base_name
         wrapper = cls(model, True, settings, use_triton or use_tritonv2, trainable=trainable)

@@ -69,8 +69,8 @@ def open_dense(
 def load_config(source: str | Path, trust_remote_code: bool, **kwargs: Any) -> PretrainedConfig:
     """Load a model's configuration with transformers.
 
-    :raises MissingFileError: (a FileNotFoundError) if the name can only be that of a folder, and
-        there is none
+    :raises MissingFileError: (a FileNotFoundError) if there is no such model, or no config.json
+    :raises CheckpointError: (a ValueError) if transformers cannot make anything of that
     """
     from transformers import AutoConfig
 
@@ -78,10 +78,15 @@ def load_config(source: str | Path, trust_remote_code: bool, **kwargs: Any) -> P
         raise MissingFileError(
             f"{source} is neither a folder (seen from {Path.cwd()}) nor the id of a model."
         )
-
-    config: PretrainedConfig = AutoConfig.from_pretrained(
-        source, trust_remote_code=trust_remote_code, **hub.hub_arguments(kwargs)
-    )
+    file = hub.find_file(source, "config.json", **kwargs)
+    if file is None:
+        raise MissingFileError(f"{source} has no config.json, so it is not a model.")
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            source, trust_remote_code=trust_remote_code, **hub.hub_arguments(kwargs)
+        )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be used: {error}") from error
     return config
 
 

@@ -15,6 +15,7 @@ from ..quantization.config import BaseQuantizeConfig
 
 logger = logging.getLogger(__name__)
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # that the kernels compute in
 _CHOSEN = "kernels are chosen when they run"
 _UNFUSED = "models run with their own attention and MLP"
 # Flag → the value at which it asks for nothing, and why it has no effect at others.
@@ -117,15 +118,15 @@ def as_settings(
 def as_dtype(given: torch.dtype | str | None) -> torch.dtype | None:
     """Give the dtype that is meant; None for "auto".
 
-    :raises ConfigError: (a ValueError) for a name that is no dtype
+    :raises ConfigError: (a ValueError) for what is no dtype to compute in
     """
-    if given is None or isinstance(given, torch.dtype):
-        return given
-    if given == "auto":
+    if given is None or given == "auto":
         return None
-    found = getattr(torch, given.removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
-        raise ConfigError(f"torch_dtype is {given!r}; give a torch.dtype, such as torch.float16.")
+    found = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
+    if found not in _DTYPES:
+        raise ConfigError(
+            f"torch_dtype is {given!r}; give torch.float16, torch.bfloat16 or torch.float32."
+        )
     return found
 
 

@@ -126,6 +126,18 @@ def saved_config(
     )
 
 
+def note_packing(model: PreTrainedModel, config: BaseQuantizeConfig) -> None:
+    """Say in a model's configuration how it is packed.
+
+    transformers' own ``save_pretrained`` writes what it finds there beside the tensors as they are
+    in memory; without, its ``from_pretrained`` would make new weights.
+    """
+    for layer in _quant_linears(model).values():
+        held = replace(saved_config(config, model), checkpoint_format=layer.checkpoint_format)
+        model.config.quantization_config = held.to_dict()
+        return  # all are alike in that
+
+
 def _replacement_of_awq(model: nn.Module) -> tuple[str, bool]:
     """Choose the format for a model read from AWQ, which is not written, and say if symmetric."""
     layers = _quant_linears(model).values()

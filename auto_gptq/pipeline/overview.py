@@ -24,7 +24,8 @@ def overview(model: nn.Module, architecture: Architecture, config: BaseQuantizeC
     fitted = fit_settings(model, architecture, config)
     plan = make_plan(model, architecture, fitted)
     linears = find_linears(model)
-    where = "a row of the table" if knows(architecture) else "found by running one block"
+    known = knows(architecture)
+    where = "a row of the table" if known else "found by running one block"
     lines = [
         f"{type(model).__name__}: {len(plan.blocks)} blocks in `{plan.prefix}`, {where}",
         "",
@@ -43,10 +44,9 @@ def overview(model: nn.Module, architecture: Architecture, config: BaseQuantizeC
     lines += [
         "",
         f"these weights: {dense / 1e9:.2f} GB in 16 bits, {packed / 1e9:.2f} GB packed",
-        "",
-        "the row, for auto_gptq/architectures/table.py:",
-        *as_source(architecture),
     ]
+    if not known:
+        lines += ["", "the row, for auto_gptq/architectures/table.py:", *as_source(architecture)]
     return "\n".join(lines)
 
 

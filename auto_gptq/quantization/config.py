@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import InitVar, asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,23 @@ _OWN_FIELDS = (
     "lm_head",
     "dynamic",
     "expert_share",
+)
+# What numbers and flags may be; a JSON file may hold anything.
+_NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "damp_percent": (lambda x: 0 < x < 1, "lie between 0 and 1, usually 0.01"),
+    "correction": (lambda x: 0 <= x <= 1, "lie between 0 (none) and 1, usually 0.5"),
+    "tuning_epochs": (lambda x: x >= 0 and x == int(x), "be a whole number, 0 or more"),
+    "scale_epochs": (lambda x: x >= 0 and x == int(x), "be a whole number, 0 or more"),
+    "expert_share": (lambda x: x >= 0, "be 0 or more, usually 0.25"),
+}
+_FLAGS = (
+    "desc_act",
+    "static_groups",
+    "sym",
+    "true_sequential",
+    "scale_search",
+    "signed_scales",
+    "lm_head",
 )
 # Where a configuration may lie in a model folder, in the order of trying.
 _CONFIG_FILES = (QUANT_CONFIG_FILENAME, "quant_config.json", "config.json")
@@ -142,29 +160,15 @@ class BaseQuantizeConfig:
                     raise ConfigError(f"dynamic[{pattern!r}]: {error}") from None
 
     def _check(self) -> None:
-        if self.bits not in (2, 3, 4, 8):
-            raise ConfigError(f"bits is {self.bits!r}; it must be 2, 3, 4 or 8.")
-        if not isinstance(self.group_size, int) or (self.group_size < 1 and self.group_size != -1):
-            raise ConfigError(
-                f"group_size is {self.group_size!r}; it must be -1 (one scale per row) "
-                "or a positive number of columns, usually 128."
-            )
-        if not 0 < self.damp_percent < 1:
-            raise ConfigError(
-                f"damp_percent is {self.damp_percent!r}; it must lie between 0 and 1, usually 0.01."
-            )
-        if not 0 <= self.correction <= 1:
-            raise ConfigError(
-                f"correction is {self.correction!r}; it must lie between 0 (none) and 1, "
-                "usually 0.5."
-            )
-        for name in ("tuning_epochs", "scale_epochs"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be 0 or more.")
-        if not self.expert_share >= 0:
-            raise ConfigError(
-                f"expert_share is {self.expert_share!r}; it must be 0 or more, usually 0.25."
-            )
+        check_bits_and_groups(self.bits, self.group_size)
+        for name, (allows, demand) in _NUMBERS.items():
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not allows(value):
+                raise ConfigError(f"{name} is {value!r}; it must {demand}.")
+        for name in _FLAGS:
+            value = getattr(self, name)
+            if value not in (True, False, None):  # some tools write null
+                raise ConfigError(f"{name} is {value!r}; it must be True or False.")
         formats = QUANT_METHOD_FORMAT_MAPPING.get(self.quant_method)
         if formats is None:
             raise ConfigError(
@@ -284,6 +288,20 @@ class BaseQuantizeConfig:
             f"{save_dir} holds no quantization configuration: none of quantize_config.json, "
             "quant_config.json or a config.json with `quantization_config`. If it is a quantized "
             "model, pass quantize_config=BaseQuantizeConfig(...) with its settings."
+        )
+
+
+def check_bits_and_groups(bits: int, group_size: int) -> None:
+    """Refuse what no weight can be packed with.
+
+    :raises ConfigError: (a ValueError) naming the one of both that it is about
+    """
+    if not isinstance(bits, int) or bits not in (2, 3, 4, 8):
+        raise ConfigError(f"bits is {bits!r}; it must be 2, 3, 4 or 8.")
+    if not isinstance(group_size, int) or (group_size < 1 and group_size != -1):
+        raise ConfigError(
+            f"group_size is {group_size!r}; it must be -1 (one scale per row) "
+            "or a positive number of columns, usually 128."
         )
 
 

@@ -142,6 +142,5 @@ void multiply_tiles(const Tiled& w, const Rounded& x, float* y, int64_t begin, i
   if (w.bits == 8) return multiply<Set, 8>(w, x, y, begin, end);
 }
 
-
 }  // namespace
 }  // namespace auto_gptq

@@ -53,7 +53,7 @@ AUTO_GPTQ_INLINE Floats<L> to_floats(Ints<L> whole) {
 // What M rows of x and the outputs of one row of tiles have together.
 template <class Set, int M>
 struct Sums {
-  VF<Set> lanes[kSide][M];                 
+  VF<Set> lanes[kSide][M];
   VF<Set> zeros[kSide / Set::lanes][M];          // what zero points take away from them
   alignas(64) float scales[kTiles][M][2][kSide];  // of a span: weight's times x's, of both halves
 };
@@ -263,9 +263,7 @@ AUTO_GPTQ_INLINE VF<Set> read_scale(const Tiled& w, int64_t at) {
   if (w.scale_type == kFloat32) {
     return load<VF<Set>>(static_cast<const float*>(w.scales) + at);
   }
-  const Short halves = load<Short>(static_cast<const uint16_t*>(w.scales) + at);
-  return w.scale_type == kFloat16 ? Set::widen_halves(halves)
-                                  : (VF<Set>)(__builtin_convertvector(halves, VW<Set>) << 16);
+  return widen_scales<Set>(w.scale_type, load<Short>(static_cast<const uint16_t*>(w.scales) + at));
 }
 
 template <class Set>
@@ -402,16 +400,9 @@ void multiply_few(const Tiled& w, const Rounded& x, int64_t m, int64_t n, int64_
 // The same for all rows of x.
 template <class Set, int BITS, int TERMS>
 void multiply_few_rows(const Tiled& w, const Rounded& x, int64_t n, int64_t stop, float* y) {
-  int64_t m = 0;
-  for (; m + 4 <= x.m; m += 4) {
-    multiply_few<Set, BITS, TERMS, 4>(w, x, m, n, stop, y + m * w.n);
-  }
-  for (; m + 2 <= x.m; m += 2) {
-    multiply_few<Set, BITS, TERMS, 2>(w, x, m, n, stop, y + m * w.n);
-  }
-  if (m < x.m) {
-    multiply_few<Set, BITS, TERMS, 1>(w, x, m, n, stop, y + m * w.n);
-  }
+  by_rows<4>(x.m, [&](auto rows, int64_t m) {
+    multiply_few<Set, BITS, TERMS, rows>(w, x, m, n, stop, y + m * w.n);
+  });
 }
 
 }  // namespace

@@ -72,8 +72,7 @@ AUTO_GPTQ_INLINE VF<Set> scales_of(const Tiled& w, int64_t at, int half) {
     return take<Set>(static_cast<const float*>(w.scales) + at, half);
   }
   const auto halves = take<Set>(static_cast<const uint16_t*>(w.scales) + at, half);
-  return w.scale_type == kFloat16 ? Set::widen_halves(halves)
-                                  : (VF<Set>)(__builtin_convertvector(halves, VW<Set>) << 16);
+  return widen_scales<Set>(w.scale_type, halves);
 }
 
 template <class Set>
@@ -178,16 +177,10 @@ void multiply_span(const Tiled& w, const Rounded& x, int64_t m, int64_t n, int64
 // The same for all rows of x.
 template <class Set, int TERMS>
 void multiply_four(const Tiled& w, const Rounded& x, int64_t n, int64_t stop, float* y) {
-  int64_t m = 0;
-  for (; Set::lanes == 16 && m + 4 <= x.m; m += 4) {
-    multiply_span<Set, TERMS, 4>(w, x, m, n, stop, y);
-  }
-  for (; m + 2 <= x.m; m += 2) {
-    multiply_span<Set, TERMS, 2>(w, x, m, n, stop, y);
-  }
-  if (m < x.m) {
-    multiply_span<Set, TERMS, 1>(w, x, m, n, stop, y);
-  }
+  constexpr int kMost = Set::lanes == 16 ? 4 : 2;  // AVX2 has half as many registers
+  by_rows<kMost>(x.m, [&](auto rows, int64_t m) {
+    multiply_span<Set, TERMS, rows>(w, x, m, n, stop, y);
+  });
 }
 
 }  // namespace

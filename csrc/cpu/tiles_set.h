@@ -38,5 +38,27 @@ using VF = Floats<Set::lanes>;
 template <class Set>
 constexpr int kParts = 16 / Set::lanes;
 
+// Scales as numbers, of 16 bits.
+template <class Set, class Halves>
+AUTO_GPTQ_INLINE VF<Set> widen_scales(DataType type, Halves halves) {
+  return type == kFloat16 ? Set::widen_halves(halves)
+                          : (VF<Set>)(__builtin_convertvector(halves, VW<Set>) << 16);
+}
+
+// Call a function for all rows of x: for four at a time, as MOST allows, then for two, then for one.
+template <int MOST, class Multiply>
+AUTO_GPTQ_INLINE void by_rows(int64_t rows, Multiply multiply) {
+  int64_t m = 0;
+  for (; MOST == 4 && m + 4 <= rows; m += 4) {
+    multiply(std::integral_constant<int, 4>{}, m);
+  }
+  for (; m + 2 <= rows; m += 2) {
+    multiply(std::integral_constant<int, 2>{}, m);
+  }
+  if (m < rows) {
+    multiply(std::integral_constant<int, 1>{}, m);
+  }
+}
+
 }  // namespace
 }  // namespace auto_gptq

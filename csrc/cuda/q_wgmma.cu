@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <iterator>
 
+#include "arrange.h"
 #include "device.h"
 #include "q_matmul.h"
 #include "q_wgmma.h"
@@ -13,7 +14,7 @@
 namespace auto_gptq {
 namespace {
 
-// A layout, and what a stage costs a block, measured on an H100.
+// A layout, and what the products of a stage cost a block, measured on an H100.
 struct Cost {
   int32_t rows, columns, depth;
   int64_t part;   // bytes
@@ -26,7 +27,8 @@ constexpr Cost cost(int64_t stage) {
 }
 
 constexpr Cost kCosts[] = {cost<Rows32>(620), cost<Rows64>(780), cost<Rows64Wide>(960),
-                           cost<Rows128>(860), cost<Rows128Wide>(1590)};
+                           cost<Rows128>(830), cost<Rows128Wide>(1590)};
+constexpr int64_t kMemory = 2750;  // bytes of weights that come in a nanosecond
 // How many clusters of so many blocks run at once.
 constexpr int64_t kClusters[] = {0, 132, 66, 39, 30, 22, 17, 15, 15};
 constexpr int64_t kStart = 3200;      // until a block's first product, and to store a result
@@ -49,6 +51,14 @@ int64_t stages_of(const Product& p, const Cost& cost) {
   return divide_up(p.weight.k, cost.depth * kSide);
 }
 
+// What a stage costs each of so many blocks, which may wait for weights.  Blocks with other rows of
+// x share them.
+int64_t stage_time(const Product& p, const Cost& cost, int64_t blocks) {
+  const int64_t sharing = std::min<int64_t>(divide_up(p.m, cost.rows), 8);
+  const int64_t bytes = int64_t{cost.columns} * cost.depth * kSide * p.weight.bits / 8;
+  return std::max(cost.stage, blocks * bytes / sharing / kMemory);
+}
+
 Choice choose(const Product& p, int64_t processors) {
   Choice best = {};
   int64_t least = INT64_MAX;
@@ -61,17 +71,19 @@ Choice choose(const Product& p, int64_t processors) {
   for (int32_t i = 0; i < static_cast<int32_t>(std::size(kCosts)); ++i) {
     const Cost& cost = kCosts[i];
     const int64_t results = results_of(p, cost), stages = stages_of(p, cost);
-    consider(divide_up(results, processors) * (stages * cost.stage + kStart),
-             {i, static_cast<int32_t>(std::min(results, processors)), 1});
+    const int64_t at_once = std::min(results, processors);
+    consider(divide_up(results, processors) * (stages * stage_time(p, cost, at_once) + kStart),
+             {i, static_cast<int32_t>(at_once), 1});
     for (int32_t split = 2; split < static_cast<int32_t>(std::size(kClusters)); ++split) {
       if (results <= kClusters[split] && results * split <= processors && stages >= split) {
         const int64_t moved = cost.part / split * (split - 1);
-        consider(divide_up(stages, split) * cost.stage + kStart + kMeet + moved / kRemoteBytes,
+        consider(divide_up(stages, split) * stage_time(p, cost, results * split) + kStart + kMeet +
+                     moved / kRemoteBytes,
                  {i, static_cast<int32_t>(results * split), split});
       }
     }
     const int64_t blocks = std::min(processors, results * stages);
-    consider(divide_up(results * stages, blocks) * cost.stage + kStart + kAdd +
+    consider(divide_up(results * stages, blocks) * stage_time(p, cost, blocks) + kStart + kAdd +
                  cost.part / kBytesAtOnce,
              {i, static_cast<int32_t>(blocks), 0});
   }
@@ -119,7 +131,7 @@ const char* auto_gptq_cuda_q_wgmma(const Product* given, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
   Product product = *given;
   if (product.weight.perm) {
-    if (const char* failure = auto_gptq_cuda_gather(given, stream)) {
+    if (const char* failure = sort_rows(*given, given->workspace, on)) {
       return failure;
     }
     product.x = product.workspace;
@@ -128,8 +140,10 @@ const char* auto_gptq_cuda_q_wgmma(const Product* given, void* stream) {
   const Choice choice = choose(product, current_device().processors);
   Deal dealt = deal(*given, choice);  // parts lie behind sorted x
   dealt.x = product.x;
+  // Rows that are not there would take as long to come as others.
+  const int64_t rows = std::min<int64_t>(product.m, kCosts[choice.layout].rows);
   const char* failure = describe_matrix(dealt.rows, product.x, product.type, product.m,
-                                        product.weight.k, kCosts[choice.layout].rows,
+                                        product.weight.k, static_cast<uint32_t>(rows),
                                         CU_TENSOR_MAP_SWIZZLE_128B);
   if (failure) {
     return failure;

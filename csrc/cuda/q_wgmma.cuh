@@ -1,10 +1,10 @@
 // y = x W^T for some dozen to some hundred rows of x, on the tensor cores of Hopper.
 //
 // A block computes its outputs for ROWS rows of x: the transposed product, so that the weight is
-// the operand that comes from registers, where its codes become numbers.  Four warps of producers
-// keep a ring of stages full, a stage being some tiles of x, codes and grids; two of them bring x
-// into the order of the codes.  A warpgroup of consumers has 64 outputs or twice as many; while the
-// products of one tile run, it decodes the next, into other registers.
+// the operand that comes from registers, where its codes become numbers.  Warps of producers keep a
+// ring of stages full, a stage being some tiles of x, codes and grids: two of them copy, others
+// bring x into the order of the codes.  A warpgroup of consumers has 64 outputs or twice as many;
+// while the products of one tile run, it decodes the next, into other registers.
 //
 // Results are rows by outputs of a block.  Where they do not fill all multiprocessors, either the
 // blocks of a cluster share the stages of a result and add up in shared memory, or the stages of
@@ -18,6 +18,7 @@
 #include "hopper.cuh"
 #include "mma.cuh"
 #include "q_wgmma.h"
+#include "q_wgmma_config.cuh"
 #include "shared.cuh"
 #include "store.cuh"
 #include "tiles.cuh"
@@ -26,42 +27,6 @@
 namespace auto_gptq {
 
 using namespace hopper;
-
-// Which grids a kernel understands.
-enum class Grids {
-  kOwn,    // scales of the type of x, no zeros, one group for the 64 inputs of a tile
-  kAny,    // one group for the 64 inputs of a tile
-  kSteps,  // each step of a tile may have a group of its own
-};
-
-// What one kernel multiplies and where it keeps it in shared memory.
-template <int BITS_, typename T_, Grids GRIDS_, typename L>
-struct Config : L {
-  using T = T_;
-  static constexpr int kBits = BITS_;
-  static constexpr Grids kGrids = GRIDS_;
-  static constexpr int kSpans = GRIDS_ == Grids::kSteps ? 4 : 1;
-  static constexpr bool kOwn = GRIDS_ == Grids::kOwn;
-  static constexpr DataType kType = Pairs<T>::kMantissa == 10 ? kFloat16 : kBFloat16;
-
-  // Either x is brought into the order of the codes, or the codes into that of x, where tensor
-  // cores leave no time to move so many rows about.
-  static constexpr bool kOrdersX = L::kRows < 128 || BITS_ != 4 || GRIDS_ == Grids::kSteps;
-
-  static constexpr int kX = L::kRows * 128;  // bytes of 64 inputs
-  static constexpr int kTile = 512 * kBits;
-  static constexpr int kColumn = L::kDepth * kTile;  // tiles of one 64 outputs lie together
-  static constexpr int kStage = L::kDepth * kX + L::kColumns / kSide * kColumn;
-  static constexpr int kSpan = L::kColumns * (kOwn ? 2 : 4);  // bytes of scales
-  static constexpr int kZeros = kSpans * kSpan;
-  static constexpr int kGrid = kZeros + (kOwn ? 0 : kSpans * L::kColumns);  // of 64 inputs
-  static constexpr int kPerStage = kStage + L::kDepth * kGrid;
-  static constexpr int kStages = std::min((226 << 10) / kPerStage, 12);
-  static constexpr int kGridsAt = kStages * kStage;
-  static constexpr int kBarriersAt = kStages * kPerStage;
-  static constexpr int kBytes = kBarriersAt + 24 * kStages + 8;
-  static_assert(kStage % 1024 == 0 && kStages > 1 && kBytes <= 227 << 10);
-};
 
 // The first row of x and the first output of a result.  Results next to each other share rows of x
 // and tiles: eight of them have the same outputs.
@@ -131,7 +96,7 @@ struct Worker {
     if (warp == 0) {
       for_stages(empty, 1, [&](int2 place, int tile, int slot) { copy_weight(place, tile, slot); });
     } else if (warp > 1) {
-      if constexpr (C::kOrdersX) {
+      if (warp < 2 + C::kOrderers) {
         order_x(warp - 2);
       }
     } else if (threadIdx.x % 32 == 0) {
@@ -139,7 +104,7 @@ struct Worker {
       wait_for_previous_kernel();
       for_stages(empty, 1, [&](int2 place, int tile, int slot) {
         const uint32_t barrier = (C::kOrdersX ? come : full) + 8 * slot;
-        barrier_expect(barrier, C::kDepth * C::kX);
+        barrier_expect(barrier, C::kDepth * min(static_cast<int>(p.m), C::kRows) * 128);
 #pragma unroll
         for (int d = 0; d < C::kDepth; ++d) {
           box_copy(ring + slot * C::kStage + d * C::kX, &p.rows, (tile + d) * kSide, place.x,
@@ -149,10 +114,10 @@ struct Worker {
     }
   }
 
-  // Two warps bring x into the order in which lanes have codes (arrange.h), where it lies: eight
+  // Some warps bring x into the order in which lanes have codes (arrange.h), where it lies: eight
   // lanes have a row's vectors of eight inputs, and each pair goes to a vector of another step.
   __device__ __forceinline__ void order_x(int warp) const {
-    constexpr int kAtOnce = 4;
+    constexpr int kAtOnce = 4, kRows = 4 * kAtOnce;
     const int lane = threadIdx.x % 32, row = lane / 8, vector = lane % 8;
     const int run = p.weight.run, quarter = run / 4;
     const uint32_t from = row * 128 + (vector ^ row) * 16;
@@ -169,7 +134,7 @@ struct Worker {
       for (int d = 0; d < C::kDepth; ++d) {
         const uint32_t tile = ring + slot * C::kStage + d * C::kX;
 #pragma unroll 1
-        for (int first = warp * (4 * kAtOnce); first < rows; first += 2 * 4 * kAtOnce) {
+        for (int first = warp * kRows; first < rows; first += C::kOrderers * kRows) {
           uint4 v[kAtOnce];
 #pragma unroll
           for (int i = 0; i < kAtOnce; ++i) {  // four rows, the swizzle of the next four differs
@@ -199,8 +164,9 @@ struct Worker {
     const uint32_t lane = threadIdx.x % 32, barrier = full + 8 * slot;
     const int columns = min(p.n_pad - place.y, C::kColumns), first = place.y / kSide;
     const int bytes = min(C::kDepth, p.k_tiles - tile) * C::kTile;
-    const int scale_bytes = C::kOwn ? 2 : scale_size();
-    const bool zeros = !C::kOwn && p.weight.zeros;
+    const int scale_bytes = scale_size();
+    const bool zeros = C::kGrids == Grids::kAny ? p.weight.zeros != nullptr
+                                                : C::kGrids == Grids::kZeros;
     if (lane == 0) {
       barrier_expect(barrier, columns / kSide * bytes +
                                   C::kDepth * C::kSpans * columns * (scale_bytes + zeros));
@@ -212,7 +178,7 @@ struct Worker {
                 bytes, barrier);
     } else if (lane - 16 < C::kDepth * C::kSpans) {
       const int d = (lane - 16) / C::kSpans, span = (lane - 16) % C::kSpans;
-      const uint32_t input = (tile + d) * kSide + (C::kSpans == 1 ? 0 : input_of(span));
+      const uint32_t input = (tile + d) * kSide + span * (kSide / C::kSpans);
       const uint32_t group = min(input / static_cast<uint32_t>(p.weight.group_size),
                                  static_cast<uint32_t>(p.weight.groups) - 1);
       const int64_t at = int64_t{group} * p.n_pad + place.y;
@@ -227,11 +193,8 @@ struct Worker {
     __syncwarp();
   }
 
-  __device__ __forceinline__ int input_of(int step) const {
-    return auto_gptq::place_of(step, 0, p.weight.run);
-  }
   __device__ __forceinline__ int scale_size() const {
-    return p.weight.scale_type == kFloat32 ? 4 : 2;
+    return C::kGrids == Grids::kAny && p.weight.scale_type == kFloat32 ? 4 : 2;
   }
 
   __device__ __forceinline__ void consume() const {
@@ -239,11 +202,11 @@ struct Worker {
     const int group = warp / 4, column = group * (C::kTiles * kSide) + warp % 4 * 16 + lane / 4;
     uint32_t full = this->full, empty = this->empty;
     uint32_t tiles = ring + C::kDepth * C::kX + group * (C::kTiles * C::kColumn);
-    uint32_t scales = ring + C::kGridsAt + column * (C::kOwn ? 2 : scale_size());
+    uint32_t scales = ring + C::kGridsAt + column * scale_size();
     uint32_t zeros = ring + C::kGridsAt + C::kZeros + column;
     // Otherwise they are computed again in every stage, while all wait for them.
     asm volatile("" : "+r"(full), "+r"(empty), "+r"(tiles), "+r"(scales), "+r"(zeros));
-    Grid grid{p.weight};
+    Grid<C> grid{p.weight};
     float sums[C::kTiles][C::kRows / 2];
     uint32_t a[2][4][4];
     Cursor<C::kStages> at;
@@ -359,55 +322,10 @@ struct Worker {
       store_pair<C>(p, place, 2 * (first + i), sum[0], sum[1]);
     }
   }
-
-  // A lane's scales and zeros in one tile, for its two outputs.
-  struct Grid {
-    bool is_half, is_wide, has_zeros;
-    uint32_t scale[C::kSpans][2], zero[C::kSpans][2];
-
-    __device__ __forceinline__ explicit Grid(const Tiled& weight)
-        : is_half(weight.scale_type == kFloat16),
-          is_wide(weight.scale_type == kFloat32),
-          has_zeros(weight.zeros != nullptr) {}
-
-    // Without branches: between products that run, ptxas cannot have them.
-    __device__ __forceinline__ void read(uint32_t scales, uint32_t zeros, int columns) {
-#pragma unroll
-      for (int i = 0; i < C::kSpans * 2; ++i) {
-        const int span = i / 2, row = i % 2, column = columns + row * 8;
-        if constexpr (C::kOwn) {
-          scale[span][row] = twice(load_half(scales + column * 2));
-        } else {
-          const uint32_t from = scales + span * C::kSpan + column * (is_wide ? 4 : 2);
-          const uint32_t low = load_half(from), high = load_half(from + 2);
-          const float narrow = is_half ? __half2float(__ushort_as_half(low))
-                                       : __uint_as_float(low << 16);
-          const float value = is_wide ? __uint_as_float(high << 16 | low) : narrow;
-          scale[span][row] = pack<T>(value, value);
-          const uint32_t byte = load_byte(zeros + span * C::kColumns + column);
-          const float number = has_zeros ? byte : 1 << (C::kBits - 1);
-          zero[span][row] = pack<T>(number, number);
-        }
-      }
-    }
-
-    __device__ __forceinline__ void numbers(const LaneCodes<C::kBits>& codes,
-                                            uint32_t (&a)[4][4]) const {
-#pragma unroll
-      for (int s = 0; s < 4; ++s) {
-        const int span = s * C::kSpans / 4;
-        decode<C::kBits, T, !C::kOwn>(codes, s, a[s], zero[span]);
-#pragma unroll
-        for (int f = 0; f < 4; ++f) {
-          a[s][f] = Pairs<T>::fma(a[s][f], scale[span][f % 2], 0);
-        }
-      }
-    }
-  };
 };
 
 template <typename C>
-__global__ void __launch_bounds__(C::kThreads, 1) q_wgmma(const __grid_constant__ Deal p) {
+__global__ void __launch_bounds__(C::kBound, 1) q_wgmma(const __grid_constant__ Deal p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t ring = shared_address(shared), come = ring + C::kBarriersAt;
@@ -417,7 +335,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) q_wgmma(const __grid_constant_
   if (threadIdx.x == 0) {
     for (int s = 0; s < C::kStages; ++s) {
       barrier_init(worker.come + 8 * s, 1);
-      barrier_init(worker.full + 8 * s, C::kOrdersX ? 3 : 2);  // warps: of weights, of x
+      barrier_init(worker.full + 8 * s, 1 + max(C::kOrderers, 1));  // warps: of weights, of x
       barrier_init(worker.empty + 8 * s, C::kConsumers / 32);
     }
     barrier_init(worker.joined, 1);
@@ -436,7 +354,8 @@ __global__ void __launch_bounds__(C::kThreads, 1) q_wgmma(const __grid_constant_
 #endif
 }
 
-// y = the sums of the parts of results that several blocks share; block (i / 2, result).
+// y = the sums of the parts of results that several blocks share, of C, which is Results; block
+// (i / 2, result).
 template <typename C>
 __global__ void __launch_bounds__(C::kConsumers) add_parts(const __grid_constant__ Deal p) {
   let_next_kernel_start();

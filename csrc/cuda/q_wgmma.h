@@ -21,11 +21,8 @@ struct Layout {
   static constexpr int kDepth = DEPTH;          // tiles of inputs in a stage
   static constexpr int kUnits = TILES * DEPTH;  // tiles that a warpgroup has in a stage
   static constexpr int kColumns = GROUPS * TILES * kSide;
-  static constexpr int kConsumers = GROUPS * 128, kThreads = kConsumers + 128;
+  static constexpr int kConsumers = GROUPS * 128;
   static constexpr int kEights = TILES * ROWS / 8;  // quadruples of sums that a thread has
-  // A multiprocessor has 64 Ki registers, a thread gets multiples of 8 at the start.
-  static constexpr int kGive = GROUPS == 2 && TILES == 1 ? 96 : 56;
-  static constexpr int kTake = GROUPS == 4 ? 104 : GROUPS == 3 ? 152 : TILES == 1 ? 200 : 224;
   static_assert(kUnits % 2 == 0);  // they take turns with two sets of registers
 };
 

@@ -19,6 +19,12 @@ __device__ __forceinline__ uint32_t load_byte(uint32_t from) {
   return v;
 }
 
+__device__ __forceinline__ uint32_t load_word(uint32_t from) {
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from));
+  return v;
+}
+
 __device__ __forceinline__ uint4 load_vector(uint32_t from) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"

@@ -130,21 +130,39 @@ struct Pairs<__nv_bfloat16> {
   }
 };
 
+// Whether decode takes zeros off as they are: with 8 bits bf16 has no room for them above kMagic.
+template <int BITS, typename T>
+constexpr bool kPlainZeros = BITS == 8 && Pairs<T>::kMantissa == 7;
+
+// A zero as decode takes it off: a pair of it, or of kMagic plus it.
+template <int BITS, typename T>
+__device__ __forceinline__ uint32_t pair_of_zero(uint32_t zero) {
+  if constexpr (kPlainZeros<BITS, T>) {
+    return Pairs<T>::constant(static_cast<float>(zero));
+  }
+  return zero * 0x00010001u + twice(Pairs<T>::kMagic);
+}
+
 // A field that starts at bit `shift` of the mantissa of kMagic: give the code minus the middle one,
-// or minus `zero`, a pair of small whole numbers in T.
+// or if ZEROS minus what pair_of_zero holds.
 template <int BITS, typename T, bool ZEROS>
 __device__ __forceinline__ uint32_t centred(uint32_t magic, int shift, uint32_t zero) {
-  const float unit = 1.0f / (1 << shift), one = (1 << Pairs<T>::kMantissa) * unit;
-  uint32_t minus = Pairs<T>::constant(-(one + (1 << (BITS - 1))));
+  const float unit = 1.0f / (1 << shift), whole = 1 << Pairs<T>::kMantissa;
   if constexpr (ZEROS) {
-    minus = Pairs<T>::fma(zero, Pairs<T>::constant(-1.0f), Pairs<T>::constant(-one));
+    if (shift == 0) {
+      return Pairs<T>::fma(zero, Pairs<T>::constant(-1.0f), magic);
+    }
+    const uint32_t minus = Pairs<T>::fma(zero, Pairs<T>::constant(-1.0f),
+                                         Pairs<T>::constant(whole - whole * unit));
+    return Pairs<T>::fma(magic, Pairs<T>::constant(unit), minus);
   }
+  const uint32_t minus = Pairs<T>::constant(-(whole * unit + (1 << (BITS - 1))));
   return shift == 0 ? Pairs<T>::add(magic, minus)
                     : Pairs<T>::fma(magic, Pairs<T>::constant(unit), minus);
 }
 
 // The A operand of one step of mma.m16n8k16: codes minus 2^(bits - 1), or if ZEROS minus the zero of
-// the output, r0 or r1, of which `zeros` has pairs; exact in both types.
+// the output, r0 or r1, of which `zeros` has what pair_of_zero gives; exact in both types.
 //
 // a[0] = r0, i 0 and 1; a[1] = r1, i 0 and 1; a[2] = r0, i 2 and 3; a[3] = r1, i 2 and 3.
 template <int BITS, typename T, bool ZEROS = false>

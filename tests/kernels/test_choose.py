@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -21,6 +24,13 @@ def refusal(name: str, weight: Weight) -> str | None:
 def test_plain_torch_comes_last_and_serves_everything() -> None:
     assert KERNELS[-1] == Kernel("torch", "gptq", None)
     assert choose.choose(Weight(torch.device("meta"), 4, 128)).name == "torch"
+
+
+def test_the_page_has_all_kernels_in_their_order() -> None:
+    """Triton stood in the table, but on no page."""
+    page = Path(__file__).parents[2] / "docs" / "reference" / "kernels.md"
+    rows = re.findall(r"^\| `([\w-]+)` \| (\w+) \|", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert rows == [(kernel.name, kernel.layout) for kernel in KERNELS]
 
 
 @pytest.mark.skipif(not native.load(), reason=native.reason())

@@ -62,6 +62,20 @@ def test_scales_of_any_type_go_with_many_rows(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("k", "most_m"), [(5152, 2050), (14336, 1030), (131072, 40)])
+def test_many_rows_of_inputs_in_any_order(k: int, most_m: int) -> None:
+    """Blocks sort parts of a row, a row, or four; the longest rows fit no shared memory."""
+    device = torch.device("cuda")
+    settings = 4, 32, k, 96
+    _, tiled = random_weight(*settings, device, act_order=True)
+    weight = exact_weight(tiled, settings)
+    for m in (17, 40, 130, 257, 1030, 2050):
+        if m <= most_m:
+            x = torch.randn(m, k, device=device).half()
+            assert_as_good_as_plain(multiply(x, tiled, settings), x, weight)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("seed", range(24))
 def test_random_shapes_of_many_rows(seed: int) -> None:
     """Results that blocks have alone, or share in odd ways: no two draws deal them out alike."""

@@ -16,6 +16,8 @@ from tests.kernels.test_ops import GROUP, _block, _groups
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
+# Others' plugins warn where they meet each other, and a warning is an error here.
+PLAIN = [word for name in ("cacheprovider", "xdist", "benchmark") for word in ("-p", f"no:{name}")]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 here = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU, or the interpreter"
@@ -67,7 +69,7 @@ def test_fit_grids(symmetric: bool, bits: int, scale_dtype: torch.dtype, on: tor
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_in_the_interpreter() -> None:
     subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        [sys.executable, "-m", "pytest", "-q", *PLAIN, __file__],
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         check=True,

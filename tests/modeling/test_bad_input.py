@@ -23,6 +23,7 @@ from auto_gptq.errors import (
     UnsupportedModelError,
 )
 from auto_gptq.modeling import BaseGPTQForCausalLM
+from auto_gptq.nn_modules.qlinear import QuantLinear
 from tests.tiny import tiny_examples, tiny_model
 
 WEIGHTS = "gptq_model-4bit-32g.safetensors"
@@ -62,6 +63,11 @@ def _edit(folder: Path, edit: Any) -> None:
         ({"group_size": -2}, "group_size is -2"),
         ({"damp_percent": 0.0}, "damp_percent is 0.0"),
         ({"damp_percent": 1}, "damp_percent is 1"),
+        # As JSON files may have it: 4.0 failed in a shift, "false" counted as true.
+        ({"bits": 4.0}, "bits is 4.0"),
+        ({"damp_percent": "0.01"}, "damp_percent is '0.01'"),
+        ({"scale_epochs": 1.5}, "scale_epochs is 1.5; it must be a whole number"),
+        ({"desc_act": "false"}, "desc_act is 'false'; it must be True or False"),
         ({"quant_method": "bnb"}, "quant_method is 'bnb'"),
         ({"checkpoint_format": "gemm"}, "'gemm' does not go with quant_method 'gptq'"),
     ],
@@ -92,6 +98,24 @@ def test_a_layer_named_by_the_user_that_cannot_be_packed_is_refused_before_anyth
         wrapper.quantize(tiny_examples())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not wrapper.quantized
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.int8, torch.float8_e4m3fn, "int32", 16], ids=str
+)
+def test_no_model_is_loaded_in_what_cannot_be_computed_in(good: Path, dtype: Any) -> None:
+    with pytest.raises(ConfigError, match="torch_dtype is"):
+        _load(good, torch_dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "message"), [(5, 32, "bits is 5"), (4, 0, "group_size is 0")]
+)
+def test_no_layer_is_made_of_what_cannot_be_packed(
+    bits: int, group_size: int, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        QuantLinear(bits, group_size, 64, 64, bias=False)
 
 
 def test_bad_examples_change_nothing() -> None:

@@ -120,6 +120,26 @@ def test_there_and_back_changes_no_byte(target: str, v1: Path, tmp_path: Path) -
     assert (tmp_path / "back" / WEIGHTS).read_bytes() == (v1 / WEIGHTS).read_bytes()
 
 
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded:UserWarning")
+@pytest.mark.parametrize("held", ["gptq", "gptq_v2", "marlin", "awq"])
+def test_what_transformers_saves_of_the_inner_model_is_whole(
+    held: str, v1: Path, awq: Path, tmp_path: Path
+) -> None:
+    """It lacked ``quantization_config``, so that transformers made new weights of it."""
+    from transformers import AutoModelForCausalLM
+
+    source, out = awq if held == "awq" else tmp_path / held, tmp_path / "out"
+    if held != "awq":
+        _load(v1).save_quantized(source, checkpoint_format=held)
+    wrapper = _load(source)
+    wrapper.model.save_pretrained(out)
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    wanted = wrapper(input_ids=tokens).logits
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float16)
+    for found in (theirs, _load(out)):
+        assert torch.equal(found(input_ids=tokens).logits, wanted)
+
+
 def test_v2_and_marlin_files_hold_what_they_should(v1: Path, tmp_path: Path) -> None:
     for target in ("gptq_v2", "marlin"):
         _load(v1).save_quantized(tmp_path / target, checkpoint_format=target)

@@ -11,6 +11,7 @@ from ...errors import CheckpointError, DerivedWeightError, ModuleShapeError
 from ...formats.gptq import ZERO_OFFSET, GPTQTensors, group_count, pack_layer, trivial_g_idx
 from ...formats.packing import CODES_PER_STREAM
 from ...kernels import native, ops
+from ...quantization.config import check_bits_and_groups
 from .derived import HOW, DerivedWeight
 from .prepared import PACKED, TILED, PackedWeight
 
@@ -40,6 +41,7 @@ class QuantLinear(PackedWeight, nn.Linear):
         checkpoint_format: str = "gptq",
         **_kwargs: Any,
     ) -> None:
+        check_bits_and_groups(bits, group_size)
         check_shape("QuantLinear", infeatures, outfeatures, group_size)
         nn.Module.__init__(self)  # not nn.Linear's: it would allocate the dense weight
         self.bits = bits
