@@ -5,7 +5,8 @@
 // of those left are laid end to end and dealt out to the pairs in equal ranges, each of which ends
 // in the head of a result and begins with the tail of another.  The lower of two pairs that share a
 // result does the head first and gives its sums to the higher one, which does the tail last and
-// adds them.  So no pair waits for one that waits itself before it has given.
+// adds them.  So no pair waits for one that waits itself before it has given; and the lower one runs,
+// since a GPU starts blocks in order (which is seen, not documented).
 #pragma once
 
 #include <algorithm>
