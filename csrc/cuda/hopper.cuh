@@ -40,21 +40,6 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       : "memory");
 }
 
-// Ask once, without waiting long.
-__device__ __forceinline__ bool barrier_is_over(uint32_t barrier, uint32_t parity) {
-  uint32_t over;
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, done;\n"
-      "}\n"
-      : "=r"(over)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return over != 0;
-}
-
 // Multiples of 16 bytes, aligned to 16.
 __device__ __forceinline__ void bulk_copy(uint32_t to,
                                           const void* from,
@@ -120,6 +105,11 @@ __device__ __forceinline__ void box_copy(uint32_t to,
       : "memory");
 }
 
+// Get a description ready: the first copy waits for it otherwise.
+__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 __device__ __forceinline__ void box_store(const CUtensorMap* map,
                                           int column,
                                           int row,
@@ -142,13 +132,24 @@ __device__ __forceinline__ void publish_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-__device__ __forceinline__ void store_remote(uint32_t to, const float* v) {
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(v[0]), "f"(v[1]),
-               "f"(v[2]), "f"(v[3])
-               : "memory");
+// Tell another block that what this one has written is there: a number that it waits for.  What is
+// there then may be copied.
+__device__ __forceinline__ void set_flag(uint64_t* flag, uint64_t number) {
+  __threadfence();
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(number) : "memory");
 }
 
-// The same, and tell a barrier over there how many bytes have come.
+// The flag is zero afterwards.
+__device__ __forceinline__ void wait_for_flag(uint64_t* flag, uint64_t number) {
+  uint64_t found;
+  do {
+    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(found) : "l"(flag) : "memory");
+  } while (found != number);
+  *flag = 0;
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
+// 16 bytes to the shared memory of another block; tell a barrier over there that they have come.
 __device__ __forceinline__ void store_remote(uint32_t to, const float* v, uint32_t barrier) {
   asm volatile(
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "

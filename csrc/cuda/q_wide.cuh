@@ -1,10 +1,11 @@
 // y = x W^T for hundreds of rows of x, on the tensor cores of Hopper.
 //
 // A block computes 128 or 192 outputs for ROWS rows of x, a pair of blocks neighbouring outputs for
-// the same rows: each fetches half of the rows for both.  The product is transposed, so that the
-// weight is the operand that comes from registers.  Warps of producers keep a ring of stages full,
-// a stage being 64 inputs of x, tiles and grids.  Warpgroups of consumers have 64 outputs each; they
-// turn codes into numbers while the products of those before run.
+// the same rows: each fetches half of the rows for both.  Of some results two pairs compute some
+// inputs each (q_wide_plan.h); sums go from one to the other through memory.  The product is
+// transposed, so that the weight is the operand that comes from registers.  Warps of producers keep
+// a ring of stages full, a stage being 64 inputs of x, tiles and grids.  Warpgroups of consumers
+// have 64 outputs each; they turn codes into numbers while the products of those before run.
 #pragma once
 
 #include <cuda.h>
@@ -27,8 +28,13 @@ static_assert(kInputs == kSide);
 struct Task {
   Product p;
   Work work;
-  CUtensorMap x, y;
-  int x_columns, x_rows;  // how far in the matrix of x the next 64 inputs are
+  CUtensorMap x, y, tiles;
+  // Sums of each block that gives some, and whether they are there: then its flag has a number that
+  // no other launch uses.  Until then it has any content, which is that number once in 2^64 times.
+  // Whoever takes the sums leaves a zero, for the next replay of a graph.
+  uint8_t* sums;
+  uint64_t* flags;
+  uint64_t number;
 };
 
 constexpr int kProducers = 128;
@@ -46,20 +52,24 @@ struct Block {
   // The ring: x and tiles of each stage, results on their way out, grids.
   static constexpr int kX = ROWS * 128, kTile = 512 * BITS;
   static constexpr int kStage = (kX + GROUPS * kTile + 1023) / 1024 * 1024;
-  static constexpr int kBox = ROWS / 2 * kSide * 2;  // half of a warpgroup's results
+  static constexpr int kBox = ROWS / 4 * kSide * 2;  // a quarter of a warpgroup's results
   static constexpr int kBoxes = 2 * GROUPS * kBox;
   static constexpr int kStages = std::min((kSharedBytes - 1024 - kBoxes) / (kStage + G::kBytes), 8);
   static constexpr int kGridsBegin = kStages * kStage + kBoxes;  // need no alignment to 1024
   static constexpr int kBytes = 1024 + kBoxes + kStages * (kStage + G::kBytes);
-  static constexpr int kJoined = ROWS / 2 * kColumns * 4;  // bytes that each of a pair gets
-  static_assert(kStages >= 3 && kJoined <= kStages * kStage);
+  static_assert(kStages >= 3);
+
+  // Sums of another block come through the ring, in place of x: so many from each lane at a time.
+  static constexpr int kQuads = kX / (16 * kConsumers) / 2 * 2, kSums = kQuads * 16 * kConsumers;
+  static constexpr int kTakes = ROWS / 8 / kQuads;
+  static_assert(kTakes * kQuads == ROWS / 8);
 
   const Task& task;
   const Product& p;
   uint8_t* ring;
   uint32_t address, full, empty;  // of the ring and of its barriers, in shared memory
-  uint32_t vacant, received;      // barriers: the other block's ring is empty; its sums are here
   int rank;                       // in the pair
+  uint32_t place, column;         // of a lane: its codes in a tile, its first output
 
   __device__ __forceinline__ int n_pad() const {
     return (static_cast<int>(p.weight.n) + kSide - 1) / kSide * kSide;
@@ -74,14 +84,14 @@ struct Block {
     }
   }
 
-  // Call copy(stage, barrier) for every stage of a part once it is empty.
+  // Call copy(stage, barrier) for so many stages once each is empty.
   template <typename Copy>
-  __device__ __forceinline__ void fill(const Part& part,
+  __device__ __forceinline__ void fill(int count,
                                        Cursor<kStages>& at,
                                        uint32_t bytes,
                                        const Copy& copy) const {
 #pragma unroll 1
-    for (int tile = part.begin; tile < part.end; ++tile) {
+    for (int i = 0; i < count; ++i) {
       const uint32_t barrier = full + 8 * at.stage;
       barrier_wait(empty + 8 * at.stage, at.parity ^ 1);
       barrier_expect(barrier, bytes);
@@ -90,25 +100,41 @@ struct Block {
     }
   }
 
-  // Half of the rows for both blocks of the pair, or all of them for this one.
+  // The same for the stages of a part; those with another block's sums remain.
+  template <typename Copy>
+  __device__ __forceinline__ void fill(const Part& part,
+                                       Cursor<kStages>& at,
+                                       uint32_t bytes,
+                                       const Copy& copy) const {
+    fill(part.end - part.begin, at, bytes, copy);
+    fill(part.takes ? kTakes : 0, at, 0, [](int, uint32_t) {});
+  }
+
+  // Half of the rows for both blocks of the pair, then sums for this one.
   __device__ __forceinline__ void produce_x() const {
-    constexpr int kHalf = ROWS / 2;
     Cursor<kStages> at;
     wait_for_previous_kernel();
     for_parts([&](const Part& part) {
-      int column = part.begin * task.x_columns, row = part.begin * task.x_rows + part.m;
-      fill(part, at, kX, [&](int stage, uint32_t barrier) {
-        const uint32_t to = address + stage * kStage;
-        const int half = part.joined ? 0 : rank;
-        box_copy(to + half * (kX / 2), &task.x, column, row + half * kHalf, barrier,
-                 part.joined ? 1 << rank : 3);
-        if (part.joined) {
-          box_copy(to + kX / 2, &task.x, column, row + kHalf, barrier, 1 << rank);
-        }
-        column += task.x_columns;
-        row += task.x_rows;
+      int k = part.begin * kSide;
+      fill(part.end - part.begin, at, kX, [&](int stage, uint32_t barrier) {
+        box_copy(address + stage * kStage + rank * (kX / 2), &task.x, k, part.m + rank * (ROWS / 2),
+                 barrier, 3);
+        k += kSide;
       });
+      if (part.takes) {
+        const int giver = blockIdx.x - 2;
+        const uint8_t* from = task.sums + int64_t{giver} * (kTakes * kSums);
+        wait_for_flag(task.flags + giver, task.number);
+        fill(kTakes, at, kSums, [&](int stage, uint32_t barrier) {
+          bulk_copy(address + stage * kStage, from, kSums, barrier);
+          from += kSums;
+        });
+      }
     });
+    for (int i = 0; i < kStages; ++i) {  // until the other block writes here no more
+      barrier_wait(empty + 8 * at.stage, at.parity ^ 1);
+      at.advance();
+    }
   }
 
   // One of the tiles of a stage.
@@ -117,13 +143,13 @@ struct Block {
     for_parts([&](const Part& part) {
       const int n = part.n + which * kSide;
       const uint32_t bytes = n < p.weight.n ? kTile : 0;
-      const uint32_t* from =
-          p.weight.tiles + (int64_t{n / kSide} * task.work.stages + part.begin) * (kTile / 4);
+      int line = (n / kSide * task.work.stages + part.begin) * (kTile / 128);
       fill(part, at, bytes, [&](int stage, uint32_t barrier) {
         if (bytes) {
-          bulk_copy(address + stage * kStage + kX + which * kTile, from, kTile, barrier);
+          box_copy(address + stage * kStage + kX + which * kTile, &task.tiles, 0, line, barrier,
+                   1 << rank);
         }
-        from += kTile / 4;
+        line += kTile / 128;
       });
     });
   }
@@ -161,89 +187,99 @@ struct Block {
     });
   }
 
-  // A stage is empty: tell both blocks, or this one twice.
-  __device__ __forceinline__ void release(int stage, bool joined) const {
+  // A stage is empty: tell both blocks.
+  __device__ __forceinline__ void release(int stage) const {
     if (threadIdx.x % 32 < 2) {
-      barrier_arrive_remote(empty + 8 * stage, joined ? rank : threadIdx.x % 32);
+      barrier_arrive_remote(empty + 8 * stage, threadIdx.x % 32);
     }
   }
 
-  __device__ __forceinline__ void load(int stage, Lane& next) const {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;  // warps lie along the outputs
-    next.template load<G>(p.weight, ring + stage * kStage + kX + warp / 4 * kTile,
-                          ring + kGridsBegin + stage * G::kBytes, warp % 4, lane,
-                          warp * 16 + lane / 4);
-  }
-
-  // What is to be done between the products of step s - 1 and s, before the next stage begins.
-  __device__ __forceinline__ void prepare(int s, int stage, Lane& next) const {
-    if (s == 0) {
-      load(stage, next);
-    } else if (s == 1) {
-      next.begin_order();
-    } else if (s == 2) {
-      next.go_on_order();
-    } else {
-      next.end_order();
-      next.finish_grids(p.weight.scale_type);
+  // The operands of the steps of a stage.
+  __device__ __forceinline__ void decode(int stage, uint32_t (&a)[4][4]) const {
+    Lane lane;
+    lane.template load<G>(p.weight, address + stage * kStage + kX + threadIdx.x / 128 * kTile,
+                          place, address + kGridsBegin + stage * G::kBytes, column);
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      lane.decode_step(s, a[s]);
     }
   }
 
+  // While the products of a stage run, the operands of the next one are made.
   __device__ __forceinline__ void consume() const {
     float sums[ROWS / 2];
-    uint32_t a[4][4];  // the operands of each step of a stage
-    Lane lane, next;
+    uint32_t even[4][4], odd[4][4];  // the operands of the steps of every other stage
     Cursor<kStages> at;
-    for_parts([&](const Part& part) {
-      const int count = part.end - part.begin;
-      int before = -1, stage = at.stage;
-      barrier_wait(full + 8 * at.stage, at.parity);
-#pragma unroll
-      for (int s = 0; s < 4; ++s) {
-        prepare(s, stage, lane);
-      }
-      lane.decode_step(0, a[0]);
-      at.advance();
-      bool ready = barrier_is_over(full + 8 * at.stage, at.parity);
+    Part part, following;
+    if (!part_of(task.work, blockIdx.x, 0, part)) {
+      return;
+    }
+    int stage = 0;
+    barrier_wait(full, 0);
+    decode(0, even);
+    at.advance();
+    bool goes_on;
+    int turn = 0;
 #pragma unroll 1
-      for (int i = 0; i < count; ++i) {
-        const bool is_last = i + 1 == count;
+    do {
+      goes_on = part_of(task.work, blockIdx.x, ++turn, following);
+      const int count = part.end - part.begin;
+      int before = -1;
+      const auto multiply = [&](int i, uint32_t (&a)[4][4], uint32_t (&next)[4][4]) {
+        const bool is_last = !goes_on && i + 1 == count;
         const uint64_t rows = rows_descriptor(address + stage * kStage);
 #pragma unroll
-        for (int s = 0; s < 4; ++s) {
+        for (int s = 0; s < 4; ++s) {  // they are what is multiplied
           asm volatile("" : "+r"(a[s][0]), "+r"(a[s][1]), "+r"(a[s][2]), "+r"(a[s][3])::"memory");
-          mma_fence();
-          hopper::mma<ROWS, !kIsHalf>(sums, a[s], rows + 2 * s, s > 0 || i > 0);
-          mma_commit();
-          mma_wait<2>();
-          if (s == 0 && !is_last && !ready) {
-            barrier_wait(full + 8 * at.stage, at.parity);
-          }
-          prepare(s, at.stage, next);  // if this is the last stage, numbers that nobody needs
-          if (s < 3) {
-            lane.decode_step(s + 1, a[s + 1]);
-          } else {
-            if (before >= 0) {
-              release(before, part.joined);
-            }
-            lane = next;
-            lane.decode_step(0, a[0]);
-          }
         }
+        mma_fence();
+#pragma unroll
+        for (int s = 0; s < 4; ++s) {
+          hopper::mma<ROWS, !kIsHalf>(sums, a[s], rows + 2 * s, s > 0 || i > 0);
+        }
+        mma_commit();
+        mma_wait<1>();
+        if (before >= 0) {
+          release(before);
+        }
+        if (!is_last) {
+          barrier_wait(full + 8 * at.stage, at.parity);
+        }
+        decode(at.stage, next);  // if this is the last stage, numbers that nobody needs
         before = stage;
         if (!is_last) {
           stage = at.stage;
           at.advance();
-          ready = barrier_is_over(full + 8 * at.stage, at.parity);
+        }
+      };
+#pragma unroll 1
+      for (int i = 0; i < count; i += 2) {
+        multiply(i, even, odd);
+        if (i + 1 < count) {
+          multiply(i + 1, odd, even);
         }
       }
       mma_wait<0>();
-      release(before, part.joined);
-      if (part.joined) {
-        join(sums);
+      if (count % 2) {
+#pragma unroll
+        for (int s = 0; s < 4; ++s) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            even[s][i] = odd[s][i];
+          }
+        }
       }
-      store(sums, part);
-    });
+      release(before);
+      if (part.takes) {
+        take(sums, at);
+      }
+      if (part.gives) {
+        give(sums);
+      } else {
+        store(sums, part);
+      }
+      part = following;
+    } while (goes_on);
     if (threadIdx.x % 128 == 0) {
       box_stores_read<0>();
     }
@@ -253,33 +289,47 @@ struct Block {
     asm volatile("bar.sync %0, 128;" ::"r"(1 + static_cast<int>(threadIdx.x) / 128) : "memory");
   }
 
-  // Give the other block of the pair the sums of its half of the rows, and add its sums to what is
-  // kept.  They go through the ring, which is empty by then.
-  __device__ __forceinline__ void join(float (&sums)[ROWS / 2]) const {
-    constexpr int kQuads = ROWS / 16;  // of a half
-    if (threadIdx.x % 32 == 0) {
-      barrier_arrive_remote(vacant, 1 - rank);
-    }
-    barrier_wait(vacant, 0);
-    const uint32_t there = map_shared(address + threadIdx.x * 16, 1 - rank);
-    const uint32_t told = map_shared(received, 1 - rank);
+  // Leave sums for another block.
+  __device__ __forceinline__ void give(const float (&sums)[ROWS / 2]) const {
+    auto* to = reinterpret_cast<float4*>(task.sums + int64_t{blockIdx.x} * (kTakes * kSums));
 #pragma unroll
-    for (int i = 0; i < 2 * kQuads; ++i) {
-      if (i / kQuads != rank) {
-        store_remote(there + i % kQuads * kConsumers * 16, sums + 4 * i, told);
-      }
+    for (int i = 0; i < ROWS / 8; ++i) {
+      const float* v = sums + 4 * i;
+      to[i * kConsumers + threadIdx.x] = make_float4(v[0], v[1], v[2], v[3]);
     }
-    barrier_wait(received, 0);
-    const auto* here = reinterpret_cast<const float4*>(ring) + threadIdx.x;
-#pragma unroll
-    for (int i = 0; i < 2 * kQuads; ++i) {
-      if (i / kQuads == rank) {
-        const float4 v = here[i % kQuads * kConsumers];
-        sums[4 * i] += v.x;
-        sums[4 * i + 1] += v.y;
-        sums[4 * i + 2] += v.z;
-        sums[4 * i + 3] += v.w;
+    asm volatile("bar.arrive 8, %0;" ::"n"(kConsumers + 32) : "memory");
+  }
+
+  // Tell another block that its sums are there: a warp of its own waits until everybody sees them.
+  __device__ __forceinline__ void tell() const {
+    for_parts([&](const Part& part) {
+      if (part.gives) {
+        asm volatile("bar.sync 8, %0;" ::"n"(kConsumers + 32) : "memory");
+        if (threadIdx.x % 32 == 0) {
+          set_flag(task.flags + blockIdx.x, task.number);
+        }
       }
+    });
+  }
+
+  // Add another block's sums.
+  __device__ __forceinline__ void take(float (&sums)[ROWS / 2], Cursor<kStages>& at) const {
+#pragma unroll
+    for (int t = 0; t < kTakes; ++t) {
+      barrier_wait(full + 8 * at.stage, at.parity);
+      const auto* from = reinterpret_cast<const float4*>(ring + at.stage * kStage) + threadIdx.x;
+#pragma unroll
+      for (int i = 0; i < kQuads; ++i) {
+        const float4 v = from[i * kConsumers];
+        float* to = sums + 4 * (t * kQuads + i);
+        to[0] += v.x;
+        to[1] += v.y;
+        to[2] += v.z;
+        to[3] += v.w;
+      }
+      __syncwarp();
+      release(at.stage);
+      at.advance();
     }
   }
 
@@ -299,20 +349,17 @@ struct Block {
     // Where this lane's row of 8 outputs goes: of four matrices, lower and upper outputs of 8 rows.
     const int chunk = (warp % 4 * 2 + lane / 8 % 2) ^ (lane % 8);
     const uint32_t to = boxes + (lane / 16 * 8 + lane % 8) * 128 + chunk * 16;
-    if (threadIdx.x % 128 == 0) {
-      box_stores_read<0>();
-    }
-    wait_for_group();
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (part.joined && half != rank) {
-        continue;
+    for (int piece = 0; piece < 4; ++piece) {
+      if (threadIdx.x % 128 == 0) {
+        box_stores_read<1>();
       }
+      wait_for_group();
 #pragma unroll
-      for (int i = 0; i < ROWS / 32; ++i) {
-        const float* v = sums + half * ROWS / 4 + i * 8;
+      for (int i = 0; i < ROWS / 64; ++i) {
+        const float* v = sums + piece * ROWS / 8 + i * 8;
         asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                         to + half * kBox + i * 16 * 128),
+                         to + piece % 2 * kBox + i * 16 * 128),
                      "r"(pack<T>(v[0] + bias[0], v[1] + bias[0])),
                      "r"(pack<T>(v[2] + bias[1], v[3] + bias[1])),
                      "r"(pack<T>(v[4] + bias[0], v[5] + bias[0])),
@@ -322,7 +369,7 @@ struct Block {
       publish_shared();
       wait_for_group();
       if (threadIdx.x % 128 == 0) {
-        box_store(&task.y, output, part.m + half * ROWS / 2, boxes + half * kBox);
+        box_store(&task.y, output, part.m + piece * ROWS / 4, boxes + piece % 2 * kBox);
       }
     }
   }
@@ -335,23 +382,26 @@ __global__ void __cluster_dims__(2, 1, 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using B = Block<BITS, T, SPANS, PLAIN, ROWS, GROUPS>;
   extern __shared__ uint8_t shared[];
-  __shared__ alignas(8) uint64_t barriers[2 * B::kStages + 2];
+  __shared__ alignas(8) uint64_t barriers[2 * B::kStages];
   let_next_kernel_start();
+  if (threadIdx.x == 0) {
+    prefetch_map(&task.x);
+    prefetch_map(&task.tiles);
+  }
   uint32_t address = (shared_address(shared) + 1023) / 1024 * 1024;
   uint32_t full = shared_address(barriers);
   uint8_t* const ring = shared + (address - shared_address(shared));
-  asm volatile("" : "+r"(address), "+r"(full));  // the compiler would find them out again and again
-  const uint32_t empty = full + 8 * B::kStages, vacant = empty + 8 * B::kStages;
-  const B block{task, task.p, ring, address, full, empty, vacant, vacant + 8, cluster_rank()};
+  uint32_t place = B::Lane::place(), column = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+  // The compiler would find them out again and again.
+  asm volatile("" : "+r"(address), "+r"(full), "+r"(place), "+r"(column));
+  const B block{task,           task.p, ring,  address, full, full + 8 * B::kStages,
+                cluster_rank(), place,  column};
   if (threadIdx.x == 0) {
     for (int s = 0; s < B::kStages; ++s) {
-      barrier_init(full + 8 * s, 2 + GROUPS);                // x, grids, and each tile
-      barrier_init(empty + 8 * s, 2 * B::kConsumers / 32);  // the warps of two blocks
+      barrier_init(full + 8 * s, 2 + GROUPS);                     // x, grids, and each tile
+      barrier_init(block.empty + 8 * s, 2 * B::kConsumers / 32);  // the warps of two blocks
     }
-    barrier_init(vacant, B::kConsumers / 32);
-    barrier_init(block.received, 1);
     barriers_ready();
-    barrier_expect(block.received, B::kJoined);
   }
   cluster_sync();
   if (threadIdx.x >= B::kConsumers) {
@@ -363,13 +413,13 @@ __global__ void __cluster_dims__(2, 1, 1)
       block.produce_grids();
     } else if (warp == 2 && lane < GROUPS) {
       block.produce_tiles(lane);
+    } else if (warp == 3) {
+      block.tell();
     }
-    __syncwarp();
   } else {
     take_registers<GROUPS == 2 ? 232 : GROUPS == 3 ? 152 : 112>();
     block.consume();
   }
-  cluster_sync();  // the other block may still write here
 #endif
 }
 

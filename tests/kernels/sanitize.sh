@@ -10,7 +10,7 @@ trap 'rm -rf "$logs"' EXIT
 while [ $# -gt 0 ] && [ "$1" != -- ]; do tools+=("$1"); shift; done
 [ $# -eq 0 ] || shift
 [ ${#tools[@]} -gt 0 ] || tools=(memcheck racecheck synccheck)
-[ $# -gt 0 ] || set -- few dozens hundreds mma tiles experts routes decode solver
+[ $# -gt 0 ] || set -- few dozens hundreds shared mma tiles experts routes decode solver
 
 watch() { # watch TOOL FAMILY
     local log=$logs/$2 start=$SECONDS status summary
@@ -26,6 +26,7 @@ watch() { # watch TOOL FAMILY
 for tool in "${tools[@]}"; do
     pids=()
     for family in "$@"; do
+        [ "$tool $family" != "racecheck shared" ] || continue # see sanitize.py
         watch "$tool" "$family" &
         pids+=($!)
     done

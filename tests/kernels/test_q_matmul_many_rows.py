@@ -56,7 +56,7 @@ def test_scales_of_any_type_go_with_many_rows(
         _, tiled = random_weight(*settings, device, symmetric=symmetric, dtype=scale_dtype)
         weight = exact_weight(tiled, settings)
         for dtype in (torch.float16, torch.bfloat16):
-            for m in (20, 64, 100):
+            for m in (20, 64, 100, 150):
                 x = torch.randn(m, 704, device=device).to(dtype)
                 assert_as_good_as_plain(multiply(x, tiled, settings), x, weight)
 
@@ -86,7 +86,7 @@ def test_random_shapes_of_many_rows(seed: int) -> None:
     _, tiled = random_weight(*settings, device, **how)
     weight = exact_weight(tiled, settings)
     dtype = draw.choice([torch.float16, torch.bfloat16])
-    for m in (draw.randint(17, 32), draw.randint(33, 64), draw.randint(65, 255)):
+    for m in (draw.randint(*span) for span in ((17, 32), (33, 64), (65, 255), (256, 3000))):
         x = torch.randn(m, 2 * k, device=device).to(dtype)[:, ::2]  # not contiguous
         y = multiply(x, tiled, settings)
         assert_as_good_as_plain(y, x, weight)
