@@ -38,11 +38,11 @@ constexpr Row kTable[] = {
     {8, 8, 1, 8, kAny, kAny, {4, 12, true}},  {2, 4, 1, 8, kAny, kAny, {4, 8, true}},
 };
 // Small groups want more warps that decode; x out of order wants few blocks that sort it.
-constexpr SmallConfig kSmallGroups{2, 16, true}, kOutOfOrder{4, 16, false},
-    kManyOutOfOrder{4, 8, false};
+constexpr SmallConfig kSmallGroups{2, 16, true}, kRowOfSmallGroups{4, 16, false};
+constexpr SmallConfig kOutOfOrder{4, 16, false}, kManyOutOfOrder{4, 8, false};
 
-// Whether every block brings x into order for itself: for 2 rows that takes up to 1 us, for 3 rows 2
-// to 3 us, and a kernel of its own 2 us.
+// Whether every block brings x into order for itself: for 2 rows that takes up to 1 us, for 3 rows
+// 2 to 3 us, and a kernel of its own 2 us.
 bool sorts_inside(const Product& product) {
   const int64_t bytes = 2 * product.m * product.weight.k;
   return product.weight.perm && product.m <= 2 && bytes <= current_device().shared_bytes / 2;
@@ -52,6 +52,10 @@ SmallConfig choose(const Product& product) {
   const Tiled& weight = product.weight;
   if (weight.perm) {
     return weight.n <= 8192 ? kOutOfOrder : kManyOutOfOrder;
+  }
+  if (weight.run == 32 && weight.bits == 4 && product.m == 1 && weight.k <= 4096 &&
+      weight.n > 2048 && weight.n <= 4096) {
+    return kRowOfSmallGroups;
   }
   if (weight.run == 16 || (weight.run == 32 && weight.n <= 4096)) {
     return kSmallGroups;

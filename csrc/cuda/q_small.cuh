@@ -23,8 +23,9 @@ struct SmallKernel : SmallRing<BITS, T, NT, RW, WN, UNIT, X> {
   using Ring::p, Ring::lane, Ring::ring, Ring::bytes, Ring::grid_at, Ring::scale_log;
   using Ring::Ring, Ring::own_rows, Ring::put, Ring::source, Ring::widen_scale, Ring::read_x;
   using Ring::copy_weight, Ring::copy_x, Ring::copy_perm, Ring::keep_x, Ring::sort_x;
-  // Sums that do not wait for each other, where x comes late.
-  static constexpr int kParts = NT == 1 && X != kRegisters ? kTiles : 1;
+  // Sums that do not wait for each other: faster where x comes late, or codes are long.
+  static constexpr bool kWaits = X != kRegisters || (BITS == 8 && RW == 4);
+  static constexpr int kParts = NT == 1 && kWaits ? kTiles : 1;
 
   using Sums = float[kParts][RW][NT][4];
 

@@ -1,5 +1,5 @@
-// What a warp of q_small brings into shared memory: a ring of units of the inputs, with their codes,
-// scales and x, many tiles ahead; and all of x, where it has to be brought into order.
+// What a warp of q_small brings into shared memory: a ring of units of the inputs, with codes, scales
+// and x, many tiles ahead; and all of x, where it has to be brought into order.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -87,6 +87,7 @@ const char* start_small(const Product& product, SmallConfig config, cudaStream_t
   constexpr int kMostTiles = UNIT == kSteps ? 2 : 4;
   // Of 64 outputs, and of 32 where the ring does not bring x: more are slower, but for small units.
   constexpr int kStages = BITS == 2 || UNIT == kTile ? 3 : 2;
+  constexpr int kStagesOfRing = UNIT == kHalves ? 4 : kStages;
   constexpr int kStagesOf32 = BITS == 2 ? 4 : UNIT == kHalves ? 3 : 2;
   const bool wide = config.row_tiles == 4;
   if (product.weight.perm) {
@@ -108,7 +109,8 @@ const char* start_small(const Product& product, SmallConfig config, cudaStream_t
     return start_small_as<BITS, T, 2, 2, 1, 3, UNIT, kRing>(product, config, stream);
   }
   if (wide) {
-    return start_small_as<BITS, T, 1, kMostTiles, 1, kStages, UNIT, kRing>(product, config, stream);
+    return start_small_as<BITS, T, 1, kMostTiles, 1, kStagesOfRing, UNIT, kRing>(product, config,
+                                                                                 stream);
   }
   return config.row_tiles == 1
              ? start_small_as<BITS, T, 1, 1, 1, 4, UNIT, kRing>(product, config, stream)

@@ -152,6 +152,15 @@ def test_every_row_of_the_table_of_shapes(k: int, n: int, bits: int, m: int) -> 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("n", [2048, 4096])
+def test_one_row_of_small_groups(n: int) -> None:
+    device, settings = torch.device("cuda"), (4, 32, 4096, n)
+    _, tiled = random_weight(*settings, device)
+    x = torch.randn(1, 4096, device=device).half()
+    assert_as_good_as_plain(multiply(x, tiled, settings), x, exact_weight(tiled, settings))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(("k", "m"), [(14336, 1), (8192, 2), (4096, 4), (14336, 4), (4096, 12)])
 @pytest.mark.parametrize("group_size", [32, 128])
 def test_inputs_in_any_order(group_size: int, k: int, m: int) -> None:
