@@ -240,4 +240,7 @@ def test_more_than_two_billion_activations() -> None:
     assert x.numel() > 2**31
     assert y.numel() > 2**31
     assert_as_good_as_plain(y[-64:], x[-64:], exact_weight(tiled, settings))
-    assert torch.equal(y, y[-64:].repeat(m // 64, 1))
+    # Blocks share some results: their sums are added in another order, and rounded once more.
+    allowed = y[-64:].abs() / 1024 + 1e-4
+    for rows in y.view(-1, 64, n).split(1024):
+        assert ((rows - y[-64:]).abs() <= allowed).all()
