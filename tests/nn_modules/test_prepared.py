@@ -65,6 +65,26 @@ def test_preparing_changes_nothing_that_can_be_seen(
     assert_same(layer, before)
 
 
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_call_without_gradients_gives_an_ordinary_tensor(
+    prepared: bool, device: torch.device
+) -> None:
+    layer = make_layer(device)
+    if prepared:
+        layer.prepare()
+    x = torch.randn(3, K, device=device, requires_grad=True)
+    with torch.no_grad():
+        y = layer(x)
+    with_gradients = layer(x)
+    assert with_gradients.requires_grad
+    assert not y.requires_grad
+    assert torch.equal(y, with_gradients)
+    y += 1
+    factor = torch.ones(N, device=device, requires_grad=True)
+    (y * factor).sum().backward()
+    torch.testing.assert_close(factor.grad, y.sum(0))
+
+
 def test_only_one_copy_of_the_weight_is_in_memory(device: torch.device) -> None:
     layer = make_layer(device)
     layer.prepare()
