@@ -110,7 +110,8 @@ def test_a_model_with_code_of_its_own_comes_back_with_it(
     assert main(["inspect", str(source), "--trust-remote-code", "--group-size", "32"]) == 0
     shown = capsys.readouterr().out
     for step in steps:
-        assert f'        "{step}",' in shown
+        assert f"\n  {step}   [" in shown
+    assert ("the row, for" in shown) == ("a row of the table" not in shown)
     wrapper = quantized(source)
     assert sum(isinstance(m, QuantLinear) for m in wrapper.model.modules()) == packed
     assert {entry.tokens for entry in wrapper.report if "experts" not in entry.name} == {17 + 48}
