@@ -97,7 +97,7 @@ class QuantLinear(PackedWeight, nn.Linear):
         """Multiply ``x [..., K]``, in any float dtype, to ``[..., N]`` in the same dtype."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._multiply(x)
-        # Gradients of operators are kept in Python, which takes a third of a call that needs none.
+        # What keeps an operator's gradients is Python; a call that needs none goes past it.
         with torch._C._AutoDispatchBelowAutograd():
             return self._multiply(x)
 
